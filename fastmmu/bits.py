@@ -1,0 +1,139 @@
+"""Bit layouts, each declared once: page-table entries, error codes, access rights, control registers.
+
+A layout is a NamedTuple class whose field defaults are `uint64` masks; the instance beside it is what code uses
+(`gpte & GPTE64.NX` compiles to an immediate). Sources: Intel SDM volume 3, chapter 4 (figure 4-11 for the formats), AMD APM
+volume 2, chapter 5.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+def bit(position: int) -> np.uint64:
+    """Mask of one bit."""
+    return np.uint64(1 << position)
+
+
+def field(high: int, low: int) -> np.uint64:
+    """Mask of the bits high..low, both included, written as the manual writes a field."""
+    return np.uint64((1 << (high + 1)) - (1 << low))
+
+
+class Gpte64(NamedTuple):
+    """An 8-byte guest page-table entry: PAE, 4-level and 5-level paging."""
+
+    P: np.uint64 = bit(0)
+    W: np.uint64 = bit(1)
+    U: np.uint64 = bit(2)
+    PWT: np.uint64 = bit(3)
+    PCD: np.uint64 = bit(4)
+    A: np.uint64 = bit(5)
+    D: np.uint64 = bit(6)
+    PS: np.uint64 = bit(7)
+    G: np.uint64 = bit(8)
+    PAT_LARGE: np.uint64 = bit(12)
+    ADDR: np.uint64 = field(51, 12)
+    KEY: np.uint64 = field(62, 59)
+    NX: np.uint64 = bit(63)
+
+
+class Gpte32(NamedTuple):
+    """A 4-byte guest page-table entry: 32-bit two-level paging."""
+
+    P: np.uint64 = bit(0)
+    W: np.uint64 = bit(1)
+    U: np.uint64 = bit(2)
+    PWT: np.uint64 = bit(3)
+    PCD: np.uint64 = bit(4)
+    A: np.uint64 = bit(5)
+    D: np.uint64 = bit(6)
+    PS: np.uint64 = bit(7)
+    G: np.uint64 = bit(8)
+    ADDR: np.uint64 = field(31, 12)
+    ADDR_4M: np.uint64 = field(31, 22)
+    PSE36: np.uint64 = field(16, 13)  # bits 35:32 of a 4 MiB page's address
+
+
+GPTE64 = Gpte64()
+GPTE32 = Gpte32()
+
+
+class Pferr(NamedTuple):
+    """Page-fault error code; its W, U, F and IMPLICIT bits also name the access that a walk is asked about."""
+
+    P: np.uint64 = bit(0)
+    W: np.uint64 = bit(1)
+    U: np.uint64 = bit(2)
+    RSVD: np.uint64 = bit(3)
+    F: np.uint64 = bit(4)
+    PK: np.uint64 = bit(5)
+    IMPLICIT: np.uint64 = bit(48)  # software only: a supervisor access that no instruction asked for (SMAP ignores AC)
+
+
+PFERR = Pferr()
+
+
+class Acc(NamedTuple):
+    """Access rights after a walk, in KVM's form."""
+
+    X: np.uint64 = bit(0)
+    W: np.uint64 = bit(1)
+    U: np.uint64 = bit(2)
+    ALL: np.uint64 = field(2, 0)
+
+
+ACC = Acc()
+
+
+class Cr0(NamedTuple):
+    """Control register 0, the bits that paging looks at."""
+
+    PE: np.uint64 = bit(0)
+    WP: np.uint64 = bit(16)
+    PG: np.uint64 = bit(31)
+
+
+class Cr4(NamedTuple):
+    """Control register 4, the bits that paging looks at."""
+
+    PSE: np.uint64 = bit(4)
+    PAE: np.uint64 = bit(5)
+    PGE: np.uint64 = bit(7)
+    LA57: np.uint64 = bit(12)
+    PCIDE: np.uint64 = bit(17)
+    SMEP: np.uint64 = bit(20)
+    SMAP: np.uint64 = bit(21)
+    PKE: np.uint64 = bit(22)
+    PKS: np.uint64 = bit(24)
+
+
+class Efer(NamedTuple):
+    """Extended-feature-enable register, the bits that paging looks at."""
+
+    LME: np.uint64 = bit(8)
+    LMA: np.uint64 = bit(10)
+    NX: np.uint64 = bit(11)
+
+
+class Rflags(NamedTuple):
+    """RFLAGS, the bit that paging looks at."""
+
+    AC: np.uint64 = bit(18)
+
+
+CR0, CR4, EFER, RFLAGS = Cr0(), Cr4(), Efer(), Rflags()
+
+GENERATION_UPDATING = bit(63)  # of a memslot generation: an update is in progress (facts 3.4.5)
+
+PAGE_SHIFT = np.uint64(12)
+PAGE_SIZE = 4096
+PAGE_OFFSET = field(11, 0)
+PAGE_MASK = field(63, 12)
+WORD_SHIFT = np.uint64(3)  # gpa >> 3 is the index of a uint64 word
+HALF_SHIFT = np.uint64(2)  # gpa >> 2 is the index of a uint32 half word
+WORDS_PER_PAGE = 512
+PHYSICAL_BITS = 52  # the architecture's limit for MAXPHYADDR
+ZERO, ONE = np.uint64(0), np.uint64(1)

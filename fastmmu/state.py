@@ -1,0 +1,135 @@
+"""Every record and enum that crosses a module border in compiled code.
+
+State is small NamedTuples of arrays; rows of mixed fields are structured arrays; registers and counters are `IntEnum`-indexed
+uint64 arrays. The same source runs with the JIT off.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmmu.paging import MAX_LEVELS
+
+
+class SlotKind(IntEnum):
+    """What a range of guest physical memory is."""
+
+    RAM = 0
+    ROM = 1
+    DEVICE = 2
+
+
+SLOT = np.dtype([("start", np.uint64), ("end", np.uint64), ("kind", np.uint64)])
+"""A memslot row: byte addresses, end exclusive."""
+
+NO_SLOT = -1
+
+
+class MemoryState(NamedTuple):
+    """Guest physical memory: uint64 words by gpa >> 3, the same bytes as uint32 halves, memslots (the largest first)."""
+
+    words: np.ndarray
+    halves: np.ndarray
+    slots: np.ndarray
+
+
+class Reg(IntEnum):
+    """Registers of the vCPU state, uint64 each."""
+
+    CR3 = 0
+    MODE = 1  # a paging.Mode
+    AC = 2  # 1 when EFLAGS.AC is set
+    PFERR_ACCESS = 3  # the access bits that an error code reports: W, U, and F under NX or SMEP (facts 1.5)
+    GENERATION = 4  # memslot generation, bit 63 while an update is in progress (facts 3.4.5)
+
+
+class MmuState(NamedTuple):
+    """What a walk needs of the processor."""
+
+    reg: np.ndarray  # uint64[len(Reg)]
+    reserved: np.ndarray  # uint64[16], see paging.reserved_masks
+    permissions: np.ndarray  # uint8[16], see paging.permission_bytes
+
+
+class VmState(NamedTuple):
+    """One virtual machine with one vCPU."""
+
+    mem: MemoryState
+    mmu: MmuState
+    trail: np.ndarray  # uint64[TRAIL_LENGTH]: the entries that the walk in progress read, by level
+
+
+class Walk(NamedTuple):
+    """Answer of a walk, scalars: when `ok` is False, gpa is 0 and pferr is the error code (which may be 0)."""
+
+    ok: bool
+    gpa: np.uint64
+    level: np.uint64
+    access: np.uint64
+    pferr: np.uint64
+
+
+TRAIL_LENGTH = MAX_LEVELS + 1
+
+
+class MmioInfo(NamedTuple):
+    """The MMIO info cache of one vCPU: one entry, and what is compared beside its address. Absent parts are None.
+
+    `cr3` is the review's proposal of 2011; `generation` is KVM of today, whose presence also brings the rules that clear.
+    """
+
+    entry: np.ndarray  # uint64[len(Mmio)]
+    cr3: np.ndarray | None  # uint64[1]
+    generation: np.ndarray | None  # uint64[1]
+
+
+class Mmio(IntEnum):
+    """Fields of the cached MMIO translation (facts 4.1)."""
+
+    GVA = 0  # page aligned; 0 is no gva
+    GFN = 1
+    ACCESS = 2
+
+
+class Miss(IntEnum):
+    """Why the MMIO info cache did not answer; HIT when it did."""
+
+    HIT = 0
+    EMPTY = 1  # no gva in the entry: never filled, or cleared
+    OTHER_PAGE = 2  # another page, or another address space at this gva
+    GENERATION = 3
+    PERMISSION = 4  # a denied hit: it falls to the walk
+
+
+class Stat(IntEnum):
+    """Counters of a replay, uint64 each."""
+
+    RECORDS = 0
+    DEVICE_ACCESSES = 1
+    GUEST_WALKS = 2  # walks of the guest's tables, all accesses
+    DEVICE_WALKS = 3  # those made for device accesses
+    HITS = 4  # device accesses answered by the cache: guest walks saved
+    MISS_COLD = 5  # nothing was ever cached
+    MISS_CLEARED = 6
+    MISS_OTHER_PAGE = 7
+    MISS_GENERATION = 8
+    MISS_PERMISSION = 9
+    CLEARS = 10  # filled entries that a rule cleared
+    WRONG = 11  # delivered translations that the guest had flushed away
+    STALE_LEGAL = 12  # delivered translations older than the tables, legal as a TLB's would be
+    GRANTED_TO_USER = 13  # user device accesses delivered that no table since the last flush grants
+    FAULTS = 14  # accesses that ended in a guest page fault
+    TABLE_STORES = 15
+    CR3_LOADS = 16
+    INVLPGS = 17
+    GENERATION_CHANGES = 18
+
+
+class Digest(IntEnum):
+    """Digests of what was delivered, order included."""
+
+    ALL = 0
+    DEVICE = 1

@@ -1,0 +1,60 @@
+"""Strategies and experiments: the registry that benchmarks and tests iterate over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmmu.state import MmioInfo, Mmio
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to do the work: a name, a sentence, and the cache it uses (None: no trace of a cache in the compiled code)."""
+
+    name: str
+    summary: str
+    make_cache: Callable[[], MmioInfo | None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question from the sources, with its strategies side by side, the plain one first."""
+
+    name: str
+    question: str
+    source: str
+    strategies: tuple[Strategy, ...]
+
+    def strategy(self, name: str) -> Strategy:
+        """The strategy of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return {strategy.name: strategy for strategy in self.strategies}[name]
+
+
+def _mmio_info(*, cr3: bool = False, generation: bool = False) -> MmioInfo:
+    return MmioInfo(
+        entry=np.zeros(len(Mmio), np.uint64),
+        cr3=np.zeros(1, np.uint64) if cr3 else None,
+        generation=np.zeros(1, np.uint64) if generation else None,
+    )
+
+
+MMIO_CACHE = Experiment(
+    name="mmio-cache",
+    question="What is it worth to remember the translation of the last device access, and is it still correct?",
+    source="[PATCH 04/15] KVM: MMU: cache mmio info on page fault path, review of 2011-06-08",
+    strategies=(
+        Strategy("none", "every device access walks the guest's tables", lambda: None),
+        Strategy("gva-only", "the patch as posted: same page, access check, never cleared", _mmio_info),
+        Strategy("gva+cr3", "as the review asked: CR3 compared too", lambda: _mmio_info(cr3=True)),
+        Strategy("generation", "KVM of today: memslot generation, cleared by INVLPG and CR3 loads", lambda: _mmio_info(generation=True)),
+    ),
+)
+
+EXPERIMENTS = (MMIO_CACHE,)

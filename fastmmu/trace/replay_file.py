@@ -1,0 +1,309 @@
+"""The `.npz` replay format: accesses of a real guest, its page tables at the start, and every later change to them.
+
+Everything in a file is checked before a kernel sees it, because compiled code checks no bounds. The columns are described in
+`docs/replay-format.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fastmmu.bits import CR0, CR4, EFER, GPTE64, PAGE_SHIFT, PAGE_SIZE, PFERR, PHYSICAL_BITS, WORDS_PER_PAGE
+from fastmmu.events import EVENT, Op
+from fastmmu.memory import Slot, check_slots
+from fastmmu.paging import Cpu
+from fastmmu.vm import Workload
+
+RECORD_COLUMNS = {"gva": "u8", "gpa": "u8", "kind": "u1", "io": "u1", "count": "u4", "level": "u1", "prot": "u1", "size": "u1"}
+EVENT_COLUMNS = {"event_record": "u4", "event_type": "u2", "event_cr3": "u8"}
+STORE_COLUMNS = {"pt_record": "u4", "pt_gpa": "u8", "pt_value": "u8", "pt_level": "u1", "pt_flag": "u1"}
+TABLE_COLUMNS = {"start_gfn": "u8", "start_level": "u1"}
+
+READ, WRITE, FETCH = range(3)
+PROT_USER = 1
+EVENT_CR3, EVENT_INVLPG, EVENT_INVPCID = 1, 2, 3
+FLAG_STORE, FLAG_LINKED, FLAG_RELEASED = range(3)
+
+# The stream records neither control registers nor MAXPHYADDR. These are the recording processor's: an emulated one with 40
+# address bits and 1 GiB pages, whose SMAP and the like are left out because privilege is not recorded either.
+MAXPHYADDR = 40
+ACCESS_OF_KIND = np.array([0, PFERR.W, PFERR.F], np.uint8)
+KIND_NAMES = ("read", "write", "fetch")
+
+
+class TraceError(ValueError):
+    """A file that cannot be replayed; the message is one line: file, column, record, what was expected."""
+
+
+class _Reader:
+    """One file being read: columns by name, and the one way to complain."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns: dict[str, np.ndarray] = {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            with np.load(path, allow_pickle=False) as columns:
+                for name in names:
+                    self._columns[name] = self._read(columns, name)
+        except zipfile.BadZipFile as error:
+            self.fail(f"not an .npz file, or a truncated one ({error}); expected a replay file")
+        except IsADirectoryError:
+            self.fail("is a directory; expected a replay file")
+        except OSError as error:
+            self.fail(f"cannot be read: {error.strerror or error}")
+
+    def _read(self, columns: Any, name: str) -> np.ndarray:
+        try:
+            return columns[name]
+        except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, OSError, MemoryError, NotImplementedError,
+                RuntimeError, SyntaxError, TypeError, OverflowError, RecursionError) as error:  # fmt: skip
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            self.fail(f"column {name}: cannot be read ({first_line}); expected an array without pickles")
+
+    def fail(self, message: str) -> NoReturn:
+        raise TraceError(f"{self.path}: {message}")
+
+    def fail_at(self, column: str, bad: np.ndarray, values: np.ndarray, expected: str) -> None:
+        """Complain about the first True of `bad`, if there is one."""
+        where = np.flatnonzero(bad)
+        if len(where):
+            row = int(where[0])
+            value = int(values[row])
+            shown = f"{value:#x}" if values.dtype == np.uint64 else f"{value}"
+            self.fail(f"column {column}, record {row}: {shown}, expected {expected}")
+
+    def array(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            self.fail(f"column {name} is missing; expected a replay file with page tables and their changes")
+        return self._columns[name]
+
+    def group(self, dtypes: dict[str, str]) -> dict[str, np.ndarray]:
+        """Columns of one length, each one-dimensional and of its dtype."""
+        group: dict[str, np.ndarray] = {}
+        length, first = None, ""
+        for name, dtype in dtypes.items():
+            column = self.array(name)
+            if column.dtype != np.dtype(dtype):
+                self.fail(f"column {name}: dtype {column.dtype}, expected {np.dtype(dtype)}")
+            if column.ndim != 1:
+                self.fail(f"column {name}: shape {column.shape}, expected one dimension")
+            if length is None:
+                length, first = len(column), name
+            if len(column) != length:
+                self.fail(f"column {name}: length {len(column)}, expected {length} as in column {first}")
+            group[name] = column
+        return group
+
+    def meta(self) -> dict[str, Any]:
+        """The description: JSON text in a zero-dimensional array."""
+        column = self.array("meta")
+        if column.dtype.kind != "U" or column.ndim != 0:
+            self.fail(f"column meta: dtype {column.dtype}, shape {column.shape}, expected one JSON text")
+        try:
+            meta = json.loads(str(column))
+        except (ValueError, RecursionError) as error:
+            self.fail(f"column meta: not JSON ({error})")
+        if not isinstance(meta, dict):
+            self.fail("column meta: expected a JSON object")
+        return meta
+
+    def meta_int(self, meta: dict[str, Any], key: str) -> int:
+        value = meta.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
+            self.fail(f"column meta: {key} is {value!r}, expected an unsigned 64-bit integer")
+        return value
+
+    def meta_ranges(self, meta: dict[str, Any], key: str) -> list[tuple[int, int, str]]:
+        rows = meta.get(key)
+        if not isinstance(rows, list):
+            self.fail(f"column meta: {key} is {type(rows).__name__}, expected a list of [start, end, text]")
+        for row in rows:
+            good = isinstance(row, list) and len(row) == 3 and isinstance(row[2], str)
+            if not good or not all(type(n) is int for n in row[:2]) or not 0 <= row[0] < row[1] <= 1 << PHYSICAL_BITS:
+                self.fail(f"column meta: {key} holds {row!r}, expected [start, end, text] with start < end")
+        return [tuple(row) for row in rows]
+
+
+def within(addresses: np.ndarray, ranges: list[tuple[int, int, str]]) -> np.ndarray:
+    """Which byte addresses (uint64) lie in one of the ranges."""
+    inside = np.zeros(len(addresses), bool)
+    for start, end, _ in ranges:
+        inside |= (addresses >= np.uint64(start)) & (addresses < np.uint64(end))
+    return inside
+
+
+def _check_tables(reader: _Reader, gfns: np.ndarray, levels: np.ndarray, words: np.ndarray, machine: _Machine) -> None:
+    """Start tables lie in RAM, once each, and their pointers to lower tables lead into RAM."""
+    if words.dtype != np.uint64 or words.shape != (len(gfns), WORDS_PER_PAGE):
+        reader.fail(f"column start_words: {words.dtype} of shape {words.shape}, expected uint64 of ({len(gfns)}, {WORDS_PER_PAGE})")
+    reader.fail_at("start_gfn", gfns >= np.uint64(1 << (PHYSICAL_BITS - 12)), gfns, "a guest frame number")
+    reader.fail_at("start_gfn", ~within(gfns << PAGE_SHIFT, machine.ram), gfns, "a page in RAM")
+    order = np.argsort(gfns, kind="stable")
+    twice = np.zeros(len(gfns), bool)
+    twice[order[1:]] = gfns[order][1:] == gfns[order][:-1]
+    reader.fail_at("start_gfn", twice, gfns, "each table once")
+    reader.fail_at("start_level", (levels < 1) | (levels > machine.levels), levels, f"1 to {machine.levels}")
+    pointers = (words & GPTE64.P != 0) & (words & GPTE64.PS == 0) & (levels > 1)[:, None]
+    rows, columns = np.nonzero(pointers)
+    targets = words[rows, columns] & GPTE64.ADDR
+    to_itself = targets >> PAGE_SHIFT == gfns[rows]
+    bad = np.flatnonzero(to_itself | ~within(targets, machine.ram))
+    if len(bad):
+        row, column, target = int(rows[bad[0]]), int(columns[bad[0]]), targets[bad[:1]]
+        what = "the table itself" if to_itself[bad[0]] else machine.describe(target)
+        reader.fail(
+            f"column start_words, record {row}, entry {column}: points to {int(target[0]):#x}, {what}; "
+            f"expected a table of level {int(levels[row]) - 1} in RAM"
+        )
+
+
+class _Machine:
+    """Address ranges and paging depth of the recorded machine, from `meta`."""
+
+    def __init__(self, reader: _Reader, meta: dict[str, Any]) -> None:
+        self.devices = reader.meta_ranges(meta, "mmio_ranges")
+        memory = reader.meta_ranges(meta, "memslots")
+        try:
+            self.memory: list[Slot] = check_slots(memory, 1 << PHYSICAL_BITS)
+        except ValueError as error:
+            reader.fail(f"column meta: memslots: {error}")
+        if any(kind == "device" for _, _, kind in self.memory) or not self.memory:
+            reader.fail("column meta: memslots: expected at least one range, of kind ram or rom")
+        self.ram = [slot for slot in self.memory if slot[2] == "ram"]
+        self.levels = reader.meta_int(meta, "paging_levels")
+        if self.levels not in (4, 5):
+            reader.fail(f"column meta: paging_levels is {self.levels}, expected 4 or 5")
+        self.cr3 = reader.meta_int(meta, "cr3_start")
+
+    def describe(self, address: np.ndarray) -> str:
+        """In words, where the one address in a uint64[1] lies."""
+        for start, end, name in self.devices:
+            if within(address, [(start, end, name)])[0]:
+                return f"in device range {name}"
+        if within(address, self.memory)[0]:
+            return "in ROM"
+        return "outside every slot and device range"
+
+
+def load_replay(path: str | Path, records: int | None = None) -> Workload:
+    """Read a replay file; `records` cuts it to its first records.
+
+    Returns:
+        The workload: registers CR0.WP=1, EFER.NX=1, SMEP=SMAP=PKE=0, levels from `meta`; one ACCESS or DEVICE event per record
+        (USER exactly where `prot` bit 0 is set), stores to page tables, CR3 loads and flushes before the record they belong to.
+
+    Raises:
+        TraceError: one line naming the file, the column, the record and what was expected.
+    """
+    reader = _Reader(Path(path))
+    meta = reader.meta()
+    machine = _Machine(reader, meta)
+    record, store, event = (reader.group(group) for group in (RECORD_COLUMNS, STORE_COLUMNS, EVENT_COLUMNS))
+    tables = reader.group(TABLE_COLUMNS)
+    words = reader.array("start_words")
+    _check_tables(reader, tables["start_gfn"], tables["start_level"], words, machine)
+    _check_records(reader, record, machine)
+    _check_stores(reader, store, machine, len(record["gva"]))
+    _check_events(reader, event, machine, len(record["gva"]))
+    if not within(np.array([machine.cr3], np.uint64) & GPTE64.ADDR, machine.memory)[0]:
+        reader.fail(f"column meta: cr3_start {machine.cr3:#x} lies outside memory, expected a table in RAM")
+
+    length = len(record["gva"]) if records is None else min(records, len(record["gva"]))
+    store = {name: column[store["pt_record"] < length] for name, column in store.items()}
+    event = {name: column[event["event_record"] < length] for name, column in event.items()}
+    record = {name: column[:length] for name, column in record.items()}
+
+    contents = {int(gfn): page for gfn, page in zip(tables["start_gfn"], words, strict=True)}
+    for gfn in np.unique(store["pt_gpa"] >> PAGE_SHIFT):
+        contents.setdefault(int(gfn), np.zeros(WORDS_PER_PAGE, np.uint64))
+    la57 = CR4.LA57 if machine.levels == 5 else 0
+    cpu = Cpu(
+        cr0=int(CR0.PE | CR0.WP | CR0.PG),
+        cr3=machine.cr3,
+        cr4=int(CR4.PAE) | int(la57),
+        efer=int(EFER.LME | EFER.LMA | EFER.NX),
+        maxphyaddr=MAXPHYADDR,
+    )
+    return Workload(
+        name=str(meta.get("name", Path(path).stem)),
+        cpu=cpu,
+        slots=machine.memory,
+        tables=contents,
+        events=_merge(record, store, event),
+        summary=str(meta.get("workload", "")),
+        source=Path(path).name,
+    )
+
+
+def _check_records(reader: _Reader, record: dict[str, np.ndarray], machine: _Machine) -> None:
+    gva, gpa, io = record["gva"], record["gpa"], record["io"]
+    reader.fail_at("kind", record["kind"] > FETCH, record["kind"], "0 read, 1 write or 2 fetch")
+    reader.fail_at("io", io > 1, io, "0 or 1")
+    reader.fail_at("prot", record["prot"] > 15, record["prot"], "a sum of 1, 2, 4 and 8")
+    reader.fail_at("level", (record["level"] < 1) | (record["level"] > 3), record["level"], "1, 2 or 3")
+    unused = np.uint64(64 - 12 - 9 * machine.levels)
+    sign_extended = ((gva << unused).view(np.int64) >> unused.astype(np.int64)).view(np.uint64)
+    reader.fail_at("gva", sign_extended != gva, gva, f"a canonical address of {machine.levels}-level paging")
+    in_memory, in_device = within(gpa, machine.memory), within(gpa, machine.devices)
+    reader.fail_at("gpa", ~in_memory & ~in_device, gpa, "an address in a memslot or device range")
+    reader.fail_at("gpa", (io == 1) & ~in_device, gpa, "an address in a device range, because io is 1")
+    reader.fail_at("gpa", (io == 0) & ~in_memory, gpa, "an address in a memslot, because io is 0")
+
+
+def _check_stores(reader: _Reader, store: dict[str, np.ndarray], machine: _Machine, records: int) -> None:
+    gpa = store["pt_gpa"]
+    reader.fail_at("pt_record", store["pt_record"] > records, store["pt_record"], f"at most {records}, the number of records")
+    _check_ascending(reader, "pt_record", store["pt_record"])
+    reader.fail_at("pt_flag", store["pt_flag"] > FLAG_RELEASED, store["pt_flag"], "0, 1 or 2")
+    reader.fail_at("pt_gpa", gpa & np.uint64(7) != 0, gpa, "a multiple of 8")
+    reader.fail_at("pt_gpa", ~within(gpa, machine.ram), gpa, "an address in RAM")
+
+
+def _check_events(reader: _Reader, event: dict[str, np.ndarray], machine: _Machine, records: int) -> None:
+    kind, cr3 = event["event_type"], event["event_cr3"]
+    before = event["event_record"]
+    reader.fail_at("event_record", before > records, before, f"at most {records}, the number of records")
+    _check_ascending(reader, "event_record", before)
+    reader.fail_at("event_type", (kind < EVENT_CR3) | (kind > EVENT_INVPCID), kind, "1 CR3 load, 2 INVLPG or 3 INVPCID")
+    outside = (kind == EVENT_CR3) & ~within(cr3 & GPTE64.ADDR, machine.memory)
+    reader.fail_at("event_cr3", outside, cr3, "a table in RAM, but it lies outside memory")
+
+
+def _check_ascending(reader: _Reader, name: str, column: np.ndarray) -> None:
+    falling = np.zeros(len(column), bool)
+    falling[1:] = column[1:] < column[:-1]
+    reader.fail_at(name, falling, column, "ascending record numbers")
+
+
+def _merge(record: dict[str, np.ndarray], store: dict[str, np.ndarray], event: dict[str, np.ndarray]) -> np.ndarray:
+    """One stream: before each record its stores, then its CR3 loads and flushes (a flush follows the store it is for)."""
+    kept = store["pt_flag"] != FLAG_RELEASED  # a released table is no store
+    stores = np.zeros(int(kept.sum()), EVENT)
+    stores["op"] = Op.STORE
+    stores["record"], stores["address"], stores["value"] = (store[name][kept] for name in ("pt_record", "pt_gpa", "pt_value"))
+
+    flushes = np.zeros(len(event["event_type"]), EVENT)
+    loads = event["event_type"] == EVENT_CR3
+    flushes["op"] = np.where(loads, Op.CR3, Op.FLUSH)
+    flushes["record"] = event["event_record"]
+    flushes["value"] = np.where(loads, event["event_cr3"], 0)
+
+    accesses = np.zeros(len(record["gva"]), EVENT)
+    accesses["op"] = np.where(record["io"] == 1, Op.DEVICE, Op.ACCESS)
+    accesses["access"] = ACCESS_OF_KIND[record["kind"]] | np.where(record["prot"] & PROT_USER, np.uint8(PFERR.U), np.uint8(0))
+    accesses["checked"] = 1
+    accesses["record"] = np.arange(len(accesses))
+    accesses["address"], accesses["value"] = record["gva"], record["gpa"]
+
+    parts = [stores, flushes, accesses]
+    merged = np.concatenate(parts)
+    rank = np.concatenate([np.full(len(part), rank, np.uint8) for rank, part in enumerate(parts)])
+    return merged[np.lexsort((rank, merged["record"]))]

@@ -1,0 +1,132 @@
+"""The Python face: a workload, and a virtual machine that replays it under one strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastmmu.bits import PAGE_SHIFT, PFERR, WORDS_PER_PAGE
+from fastmmu.events import Op
+from fastmmu.memory import GuestMemory, Slot
+from fastmmu.paging import Cpu, alignment_check, permission_bytes, reserved_masks
+from fastmmu.replay import replay
+from fastmmu.state import TRAIL_LENGTH, Digest, MmuState, Reg, Stat, VmState
+from fastmmu.strategy import Strategy
+
+
+class ReplayError(ValueError):
+    """A record whose translation differs from the recorded one; the message names record, addresses and walk."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A virtual machine at its start, and the stream of events that it sees.
+
+    Attributes:
+        name: short, for the names of cells.
+        cpu: registers at the start.
+        slots: memslots and device ranges, (start, end, kind) in bytes.
+        tables: start content, {gfn: uint64[512]}; every page-table page that the stream changes or reaches is named here.
+        events: EVENT rows.
+        summary: one sentence.
+    """
+
+    name: str
+    cpu: Cpu
+    slots: list[Slot]
+    tables: dict[int, np.ndarray]
+    events: np.ndarray
+    summary: str = ""
+    source: str = field(default="", compare=False)
+
+    @property
+    def device_events(self) -> np.ndarray:
+        """The stream without accesses to memory: what the MMIO info cache sees."""
+        return self.events[self.events["op"] != Op.ACCESS]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a replay came to: counters by name, digests by name, and the page tables it left, {gpa: word} without zeros."""
+
+    counters: dict[str, int]
+    digests: dict[str, int]
+    tables: dict[int, int]
+
+
+class Vm:
+    """A virtual machine that replays a workload under one strategy of the mmio-cache experiment."""
+
+    def __init__(self, workload: Workload, strategy: Strategy) -> None:
+        self.workload = workload
+        self.memory = GuestMemory(max(end for _, end, kind in workload.slots if kind != "device"))
+        self.memory.slots = workload.slots
+        self._gfns = np.array(sorted(workload.tables), np.uint64)
+        self._start = np.array([workload.tables[int(gfn)] for gfn in self._gfns], np.uint64)
+        self._pages = self.memory.words.reshape(-1, WORDS_PER_PAGE)
+        cpu = workload.cpu
+        reg = np.zeros(len(Reg), np.uint64)
+        mmu = MmuState(reg, reserved_masks(cpu), permission_bytes(cpu))
+        self.state = VmState(self.memory.state, mmu, np.zeros(TRAIL_LENGTH, np.uint64))
+        self.cache = strategy.make_cache()
+        self.digest = np.zeros(len(Digest), np.uint64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the start: page tables, registers, cache, digest."""
+        self._pages[self._gfns] = self._start
+        load_registers(self.state.mmu.reg, self.workload.cpu)
+        if self.cache is not None:
+            for part in self.cache:
+                if part is not None:
+                    part[:] = 0
+        self.digest[:] = 0
+
+    def run(self, events: np.ndarray | None = None) -> None:
+        """Replay without counters or checks, as the benchmarks time it."""
+        replay(self.cache, self.state, None, None, self.digest, self.workload.events if events is None else events)
+
+    def check(self) -> Outcome:
+        """Replay from the start with counters; every record's walk is compared with the recorded address.
+
+        Raises:
+            ReplayError: a record translates to another address than the one recorded.
+        """
+        self.reset()
+        stat = np.zeros(len(Stat), np.uint64)
+        events = self.workload.events
+        stopped = replay(self.cache, self.state, stat, np.zeros(1, np.uint64), self.digest, events)
+        if stopped < len(events):
+            raise ReplayError(self._describe(events[stopped]))
+        stat[Stat.RECORDS] = np.isin(events["op"], (Op.ACCESS, Op.DEVICE)).sum()
+        counters = {counter.name.lower(): int(stat[counter]) for counter in Stat}
+        digests = {which.name.lower(): int(self.digest[which]) for which in Digest}
+        return Outcome(counters, digests, self.tables())
+
+    def tables(self) -> dict[int, int]:
+        """Page tables as they are now, {gpa: word}, words of zero left out."""
+        words = self._pages[self._gfns]
+        rows, columns = np.nonzero(words)
+        gpas = (self._gfns[rows] << PAGE_SHIFT) + columns.astype(np.uint64) * np.uint64(8)
+        return dict(zip(gpas.tolist(), words[rows, columns].tolist(), strict=True))
+
+    def _describe(self, event: np.void) -> str:
+        from fastmmu.explain import explain_walk
+
+        access, gva = int(event["access"]), int(event["address"])
+        kind = "fetch" if access & int(PFERR.F) else "write" if access & int(PFERR.W) else "read"
+        walk = explain_walk(self.memory, self.state.mmu.reg, self.workload.cpu, gva, access)
+        return (
+            f"record {int(event['record'])}: {kind} of gva {gva:#x} translates to {walk.answer}, "
+            f"expected gpa {int(event['value']):#x}; walk: {'; '.join(walk.steps)}"
+        )
+
+
+def load_registers(reg: np.ndarray, cpu: Cpu) -> None:
+    """Set uint64[len(Reg)] from the processor's registers."""
+    reg[:] = 0
+    reg[Reg.CR3] = cpu.cr3
+    reg[Reg.MODE] = cpu.mode
+    reg[Reg.AC] = alignment_check(cpu)
+    reg[Reg.PFERR_ACCESS] = cpu.reported_access
