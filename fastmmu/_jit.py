@@ -19,10 +19,10 @@ from platform import python_implementation, python_version
 import llvmlite
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from llvmlite import ir
 
 # Settings that change the code Numba makes. Bounds checking is missing from Numba's own cache key: a warm cache would silently
 # ignore it, and a checked build would be loaded by later, timed runs.

@@ -136,4 +136,5 @@ WORD_SHIFT = np.uint64(3)  # gpa >> 3 is the index of a uint64 word
 HALF_SHIFT = np.uint64(2)  # gpa >> 2 is the index of a uint32 half word
 WORDS_PER_PAGE = 512
 PHYSICAL_BITS = 52  # the architecture's limit for MAXPHYADDR
+PHYSICAL_LIMIT = 1 << PHYSICAL_BITS
 ZERO, ONE = np.uint64(0), np.uint64(1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 
 from fastmmu._jit import kernel
-from fastmmu.bits import PAGE_SIZE, PHYSICAL_BITS
+from fastmmu.bits import PAGE_SIZE, PHYSICAL_BITS, PHYSICAL_LIMIT
 from fastmmu.state import NO_SLOT, SLOT, MemoryState, SlotKind
 
 MAP_NORESERVE = 0x4000  # Linux x86-64; the mmap module of Python 3.11 has no name for it
@@ -41,7 +42,7 @@ def check_slots(slots: Iterable[Slot], size: int) -> list[Slot]:
             start, end, kind = int(start), int(end), SlotKind[kind.upper()].name.lower()
         except (TypeError, ValueError, KeyError, AttributeError):
             raise ValueError(f"slot {slot!r}: expected (start, end, 'ram' | 'rom' | 'device')") from None
-        if not 0 <= start < end <= 1 << PHYSICAL_BITS:
+        if not 0 <= start < end <= PHYSICAL_LIMIT:
             raise ValueError(f"slot {slot!r}: expected 0 <= start < end <= 2^{PHYSICAL_BITS}")
         if kind != "device":
             if start % PAGE_SIZE or end % PAGE_SIZE:
@@ -50,7 +51,7 @@ def check_slots(slots: Iterable[Slot], size: int) -> list[Slot]:
                 raise ValueError(f"slot {slot!r}: ends beyond the {size:#x} bytes of guest memory")
         checked.append((start, end, kind))
     checked.sort()
-    for lower, upper in zip(checked, checked[1:], strict=False):
+    for lower, upper in pairwise(checked):
         if upper[0] < lower[1]:
             raise ValueError(f"slots {lower!r} and {upper!r} overlap")
     return checked

@@ -6,7 +6,6 @@ Facts, section 4; the two older forms are those of the mails of June 2011. `matc
 
 from __future__ import annotations
 
-
 from fastmmu._jit import kernel
 from fastmmu.bits import ACC, GENERATION_UPDATING, PAGE_MASK, PAGE_OFFSET, PAGE_SHIFT, PFERR, ZERO
 from fastmmu.permission import permission_fault

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmmu.state import MmioInfo, Mmio
+from fastmmu.state import Mmio, MmioInfo
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ MMIO_CACHE = Experiment(
         Strategy("none", "every device access walks the guest's tables", lambda: None),
         Strategy("gva-only", "the patch as posted: same page, access check, never cleared", _mmio_info),
         Strategy("gva+cr3", "as the review asked: CR3 compared too", lambda: _mmio_info(cr3=True)),
-        Strategy("generation", "KVM of today: memslot generation, cleared by INVLPG and CR3 loads", lambda: _mmio_info(generation=True)),
+        Strategy(
+            "generation", "KVM of today: memslot generation, cleared by INVLPG and CR3 loads", lambda: _mmio_info(generation=True)
+        ),
     ),
 )
 

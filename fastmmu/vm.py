@@ -65,10 +65,7 @@ class Vm:
         self._gfns = np.array(sorted(workload.tables), np.uint64)
         self._start = np.array([workload.tables[int(gfn)] for gfn in self._gfns], np.uint64)
         self._pages = self.memory.words.reshape(-1, WORDS_PER_PAGE)
-        cpu = workload.cpu
-        reg = np.zeros(len(Reg), np.uint64)
-        mmu = MmuState(reg, reserved_masks(cpu), permission_bytes(cpu))
-        self.state = VmState(self.memory.state, mmu, np.zeros(TRAIL_LENGTH, np.uint64))
+        self.state = make_state(self.memory, workload.cpu)
         self.cache = strategy.make_cache()
         self.digest = np.zeros(len(Digest), np.uint64)
         self.reset()
@@ -121,6 +118,13 @@ class Vm:
             f"record {int(event['record'])}: {kind} of gva {gva:#x} translates to {walk.answer}, "
             f"expected gpa {int(event['value']):#x}; walk: {'; '.join(walk.steps)}"
         )
+
+
+def make_state(memory: GuestMemory, cpu: Cpu) -> VmState:
+    """State of a vCPU with these registers on that memory, as kernels take it."""
+    reg = np.zeros(len(Reg), np.uint64)
+    load_registers(reg, cpu)
+    return VmState(memory.state, MmuState(reg, reserved_masks(cpu), permission_bytes(cpu)), np.zeros(TRAIL_LENGTH, np.uint64))
 
 
 def load_registers(reg: np.ndarray, cpu: Cpu) -> None:

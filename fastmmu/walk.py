@@ -168,7 +168,7 @@ def walk_addresses(mem, mmu, trail, cr3s, gvas, accesses):
 
 @kernel
 def look_addresses(mem, mmu, cr3s, gvas, accesses, gpas):
-    """Walk without leaving a trace, over columns of equal length: gpas[i], all ones where the walk faults. Sets CR3 like the above."""
+    """Walk without leaving a trace, over columns of equal length; gpas[i] is all ones where the walk faults. Sets CR3 too."""
     for i in range(len(gvas)):
         mmu.reg[Reg.CR3] = cr3s[i]
         walk = walk_gva(mem, mmu, None, gvas[i], np.uint64(accesses[i]))

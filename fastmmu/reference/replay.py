@@ -20,8 +20,8 @@ class NoCache:
     filled: tuple[int, int] | None = None  # (page of the gva, page of the gpa)
 
     def look_up(self, vcpu: Vcpu, gva: int, access: int) -> str:
-        """'hit', or why not."""
-        return ""
+        """'hit', or the name of the counter that says why not."""
+        return "no_cache"
 
     def fill(self, vcpu: Vcpu, gva: int, walk: Translation) -> bool:
         """Remember a walk; False if nothing was."""
@@ -161,7 +161,8 @@ class Replay:
             self.counters["hits"] += 1
             self.counters["records"] += 1
             return self.delivered(self.cache.filled[1] | gva & 0xFFF, gva, access)
-        self.counters[found] += 1
+        if found != "no_cache":
+            self.counters[found] += 1
         self.counters["device_walks"] += 1
         walk = self.walk(gva, access)
         if walk.ok:

@@ -7,6 +7,8 @@ Everything in a file is checked before a kernel sees it, because compiled code c
 from __future__ import annotations
 
 import json
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastmmu.bits import CR0, CR4, EFER, GPTE64, PAGE_SHIFT, PAGE_SIZE, PFERR, PHYSICAL_BITS, WORDS_PER_PAGE
+from fastmmu.bits import CR0, CR4, EFER, GPTE64, PAGE_SHIFT, PFERR, PHYSICAL_BITS, PHYSICAL_LIMIT, WORDS_PER_PAGE
 from fastmmu.events import EVENT, Op
 from fastmmu.memory import Slot, check_slots
 from fastmmu.paging import Cpu
@@ -37,8 +39,20 @@ ACCESS_OF_KIND = np.array([0, PFERR.W, PFERR.F], np.uint8)
 KIND_NAMES = ("read", "write", "fetch")
 
 
+# What the zip and array readers raise for damaged input, besides what they document.
+READ_ERRORS = (
+    zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError, MemoryError, RuntimeError,
+    SyntaxError, TypeError, OverflowError, RecursionError, AttributeError, struct.error, tokenize.TokenError,
+)  # fmt: skip
+
+
 class TraceError(ValueError):
     """A file that cannot be replayed; the message is one line: file, column, record, what was expected."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its name."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _Reader:
@@ -53,20 +67,22 @@ class _Reader:
             with np.load(path, allow_pickle=False) as columns:
                 for name in names:
                     self._columns[name] = self._read(columns, name)
-        except zipfile.BadZipFile as error:
-            self.fail(f"not an .npz file, or a truncated one ({error}); expected a replay file")
         except IsADirectoryError:
             self.fail("is a directory; expected a replay file")
-        except OSError as error:
-            self.fail(f"cannot be read: {error.strerror or error}")
+        except FileNotFoundError:
+            self.fail("No such file; expected a replay file")
+        except PermissionError:
+            self.fail("cannot be read: permission denied")
+        except TraceError:
+            raise
+        except READ_ERRORS as error:
+            self.fail(f"not an .npz file, or a damaged one ({first_line(error)}); expected a replay file")
 
     def _read(self, columns: Any, name: str) -> np.ndarray:
         try:
             return columns[name]
-        except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, OSError, MemoryError, NotImplementedError,
-                RuntimeError, SyntaxError, TypeError, OverflowError, RecursionError) as error:  # fmt: skip
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            self.fail(f"column {name}: cannot be read ({first_line}); expected an array without pickles")
+        except READ_ERRORS as error:
+            self.fail(f"column {name}: cannot be read ({first_line(error)}); expected an array without pickles")
 
     def fail(self, message: str) -> NoReturn:
         raise TraceError(f"{self.path}: {message}")
@@ -127,7 +143,7 @@ class _Reader:
             self.fail(f"column meta: {key} is {type(rows).__name__}, expected a list of [start, end, text]")
         for row in rows:
             good = isinstance(row, list) and len(row) == 3 and isinstance(row[2], str)
-            if not good or not all(type(n) is int for n in row[:2]) or not 0 <= row[0] < row[1] <= 1 << PHYSICAL_BITS:
+            if not good or not all(type(n) is int for n in row[:2]) or not 0 <= row[0] < row[1] <= PHYSICAL_LIMIT:
                 self.fail(f"column meta: {key} holds {row!r}, expected [start, end, text] with start < end")
         return [tuple(row) for row in rows]
 
@@ -172,7 +188,7 @@ class _Machine:
         self.devices = reader.meta_ranges(meta, "mmio_ranges")
         memory = reader.meta_ranges(meta, "memslots")
         try:
-            self.memory: list[Slot] = check_slots(memory, 1 << PHYSICAL_BITS)
+            self.memory: list[Slot] = check_slots(memory, PHYSICAL_LIMIT)
         except ValueError as error:
             reader.fail(f"column meta: memslots: {error}")
         if any(kind == "device" for _, _, kind in self.memory) or not self.memory:

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench`. Deleting this folder breaks nothing in `fastmmu`."""

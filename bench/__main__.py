@@ -1,0 +1,126 @@
+"""`python -m bench`: check every cell against the reference, time it in interleaved rounds, print one table, keep the files."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS, QUICK_ROUNDS, RIGOROUS_ROUNDS = 7, 3, 25
+QUICK_RECORDS = 75_000  # the Linux boot of the repository touches its first device at record 53,191
+USAGE_ERROR, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 2, 1, 2, 130
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="list the cells and stop")
+    parser.add_argument("--only", metavar="PATTERN", help="only cells whose name matches: a shell pattern, or a part of the name")
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help=f"first {QUICK_RECORDS:,} records, {QUICK_ROUNDS} rounds")
+    effort.add_argument("--rigorous", action="store_true", help=f"{RIGOROUS_ROUNDS} rounds instead of {ROUNDS}")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="a replay file instead of the bundled Linux boot")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the result files (default: results/local)")
+    return parser.parse_args(arguments)
+
+
+def matches(name: str, pattern: str | None) -> bool:
+    """Whether a cell's name is asked for."""
+    return pattern is None or pattern in name or fnmatch.fnmatch(name, pattern)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line comes to."""
+
+    trace: Path
+    records: int | None
+    rounds: int
+    output: Path
+    only: str | None
+    list_cells: bool
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """Defaults filled in."""
+    from bench.workloads import BUNDLED_TRACE
+
+    return Options(
+        trace=args.trace or BUNDLED_TRACE,
+        records=QUICK_RECORDS if args.quick else None,
+        rounds=QUICK_ROUNDS if args.quick else RIGOROUS_ROUNDS if args.rigorous else ROUNDS,
+        output=args.output or ROOT / "results" / "local",
+        only=args.only,
+        list_cells=args.list,
+    )
+
+
+def run(options: Options) -> int:
+    """The whole job; returns the exit status."""
+    from rich.console import Console
+
+    from bench.cells import REPLAY, REPLAY_STRATEGIES, Cell
+    from bench.suite import Suite
+    from bench.workloads import SMALL_WORKLOADS, trace_workload
+    from fastmmu.strategy import MMIO_CACHE
+
+    workload = trace_workload(options.trace, options.records)
+    workloads = {one.name: one for one in (workload, *(make() for make in SMALL_WORKLOADS))}
+    cells = [Cell(MMIO_CACHE.name, name, strategy.name) for name in workloads for strategy in MMIO_CACHE.strategies]
+    cells += [Cell(REPLAY, workload.name, strategy) for strategy in REPLAY_STRATEGIES]
+    chosen = [cell for cell in cells if matches(cell.name, options.only)]
+    if not chosen:
+        print(f"--only {options.only}: no cell of that name; --list shows them", file=sys.stderr)
+        return USAGE_ERROR
+    if options.list_cells:
+        for cell in chosen:
+            print(cell.name)
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    suite = Suite(options.trace, options.records, workload, workloads, chosen, console)
+    suite.check()
+    suite.measure(options.rounds)
+    suite.write(options.output)
+    suite.show(options.output)
+    if options.output.resolve().parent == ROOT / "results" and options.output.name != "local":
+        from bench.report import regenerate
+
+        regenerate(ROOT)
+        console.print("results/SUMMARY.md and the tables of README.md regenerated")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: errors become one line and an exit status."""
+    options = options_of(parse(arguments))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` stops workers
+    from bench.cells import CheckError
+    from bench.results import ResultError
+    from bench.rounds import WorkerError
+    from fastmmu import ReplayError, TraceError
+
+    try:
+        return run(options)
+    except ReplayError as error:
+        message, status = f"{options.trace}: {error}", BAD_INPUT
+    except (TraceError, ResultError, MemoryError) as error:
+        message, status = str(error), BAD_INPUT
+    except (CheckError, WorkerError) as error:
+        message, status = str(error), CHECK_FAILED
+    except KeyboardInterrupt:
+        message, status = "interrupted; no result written", INTERRUPTED
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv[1:]:
+        from bench.worker import main as worker
+
+        worker()
+    else:
+        sys.exit(main())

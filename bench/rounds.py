@@ -1,0 +1,91 @@
+"""Interleaved rounds: round r runs one pyperf worker of every cell, so that cells of one round share the machine's mood.
+
+A ratio is formed within a round, its interval over rounds. Workers are pyperf's own; loops are calibrated once, before.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyperf
+
+from bench.cells import Cell, Timed
+
+VALUE_SECONDS = 0.02
+"""What one value should last: a few hundred runs of the device stream, far above the clock's resolution."""
+VALUES, WARMUPS = 3, 1
+WORKER_TIMEOUT = 120
+
+
+class WorkerError(Exception):
+    """A worker failed; the message is its last line."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell ready for its workers: how many loops make a value, and the digest they must come to."""
+
+    cell: Cell
+    loops: int
+    digest: int
+
+
+def calibrate(cell: Cell, work: Timed) -> Plan:
+    """Run the work in this process: a warm-up that also compiles, then the best of three decides the loops."""
+    work.run(1)
+    digest = work.digest()
+    seconds = min(work.run(1) for _ in range(3))
+    return Plan(cell, max(1, math.ceil(VALUE_SECONDS / seconds)), digest)
+
+
+def run_worker(plan: Plan, trace: Path, records: int | None, folder: Path) -> pyperf.Run:
+    """One worker process for one cell; it is killed if this process is interrupted.
+
+    Raises:
+        WorkerError: it failed, or came to another digest.
+    """
+    output = folder / "run.json"
+    output.unlink(missing_ok=True)
+    command = [
+        sys.executable, "-m", "bench", "--worker", "--quiet",
+        "--cell", plan.cell.name, "--trace", str(trace), "--digest", str(plan.digest),
+        "--loops", str(plan.loops), "--values", str(VALUES), "--warmups", str(WARMUPS), "--output", str(output),
+    ]  # fmt: skip
+    if records is not None:
+        command += ["--records", str(records)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            printed, errors = process.communicate(timeout=WORKER_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise WorkerError(f"{plan.cell.name}: a worker did not end within {WORKER_TIMEOUT} s") from None
+        finally:
+            if process.poll() is None:  # interrupted, or too slow: no worker outlives this process
+                process.kill()
+                process.wait()
+    if process.returncode:
+        lines = (errors or printed).strip().splitlines() or [f"exit status {process.returncode}"]
+        raise WorkerError(f"{plan.cell.name}: worker failed: {lines[-1]}")
+    return pyperf.Benchmark.load(str(output)).get_runs()[0]
+
+
+def measure(
+    plans: list[Plan], rounds: int, trace: Path, records: int | None, advance: Callable[[str], None]
+) -> dict[str, list[pyperf.Run]]:
+    """All rounds; runs by cell name, one a round, in the order of the rounds.
+
+    Raises:
+        WorkerError: a worker failed.
+    """
+    runs: dict[str, list[pyperf.Run]] = {plan.cell.name: [] for plan in plans}
+    with tempfile.TemporaryDirectory(prefix="fastmmu-bench-") as folder:
+        for _ in range(rounds):
+            for plan in plans:
+                runs[plan.cell.name].append(run_worker(plan, trace, records, Path(folder)))
+                advance(plan.cell.name)
+    return runs

@@ -1,0 +1,210 @@
+"""The benchmark harness: order of rounds, ratios, result files, the command, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyperf
+import pytest
+from conftest import ROOT
+
+from bench import rounds
+from bench.__main__ import matches
+from bench.cells import Cell, CheckError, Timed, check_mmio
+from bench.report import committed_folders, ratio_text, summary_text, tables_of, with_readme_block
+from bench.results import PRIVATE_METADATA, ResultError, load_suite, per_million, public_run, write_suites
+from bench.rounds import Plan, WorkerError, calibrate, measure
+from bench.workloads import BUNDLED_TRACE, remap_invlpg, trace_workload
+from fastmmu._jit import JIT
+
+compiled_only = pytest.mark.skipif(not JIT, reason="pyperf's workers run compiled code whatever this process does")
+
+
+def bench(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+def fake_run(value: float, **metadata: object) -> pyperf.Run:
+    return pyperf.Run([value], metadata={"name": "a/b/c/time", "unit": "second", **metadata}, collect_metadata=False)
+
+
+def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def worker(plan: Plan, *_: object) -> pyperf.Run:
+        order.append(plan.cell.strategy)
+        return fake_run(len(order))
+
+    monkeypatch.setattr(rounds, "run_worker", worker)
+    plans = [Plan(Cell("e", "w", name), 1, 0) for name in ("a", "b", "c")]
+    runs = measure(plans, 3, Path("x"), None, lambda name: None)
+    assert order == ["a", "b", "c"] * 3
+    assert [run.values for run in runs["e/w/b"]] == [(2.0,), (5.0,), (8.0,)]
+
+
+def test_loops_are_calibrated_from_the_best_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 0.0, 0.004, 0.0, 0.002, 0.0, 0.003])
+    monkeypatch.setattr("bench.cells.time.perf_counter", lambda: next(clock))
+    calls: list[str] = []
+    work = Timed(lambda: calls.append("once"), lambda: calls.append("reset"), lambda: 42, 7)
+    plan = calibrate(Cell("e", "w", "s"), work)
+    assert (plan.loops, plan.digest) == (10, 42)
+    assert calls == ["reset", "once"] * 4, "preparation comes before each run and outside the clock"
+
+
+def test_ratios_are_formed_within_a_round() -> None:
+    assert ratio_text([4.0, 8.0, 40.0], [2.0, 4.0, 20.0], cost=False) == "2.00 [2.00, 2.00]"
+    assert ratio_text([4.0, 8.0, 40.0], [2.0, 4.0, 20.0], cost=True) == "0.50 [0.50, 0.50]"
+    assert ratio_text([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0], cost=False).startswith("unstable [1.75, 3.25]")
+
+
+def test_per_million_keeps_what_is_not_zero() -> None:
+    assert [per_million(*pair) for pair in ((0, 9), (1, 3_000_000), (1, 2), (0, 0))] == [0, 1, 500_000, 0]
+
+
+def test_patterns_select_cells() -> None:
+    name = "mmio-cache/linux-boot/generation"
+    assert all(matches(name, pattern) for pattern in (None, "mmio-cache", "*/generation", "linux-boot/gen", name))
+    assert not any(matches(name, pattern) for pattern in ("replay", "*/none", "gva"))
+
+
+def test_a_disagreement_with_the_reference_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastmmu.reference.replay import Generation
+
+    monkeypatch.setattr(Generation, "clear", lambda self: False)
+    with pytest.raises(CheckError, match="mmio-cache/remap-invlpg/generation: counters differ from the reference"):
+        check_mmio(remap_invlpg(), "generation")
+
+
+def test_result_files_name_neither_machine_nor_paths(tmp_path: Path) -> None:
+    private = dict.fromkeys(PRIVATE_METADATA - {"boot_time", "uptime", "command"}, "secret-machine")
+    run = public_run(fake_run(1.0, **private), {"fastmmu_hits": 0})
+    write_suites(tmp_path, {"a": [pyperf.Benchmark([run])]})
+    assert "secret-machine" not in (tmp_path / "a.json").read_text()
+    assert load_suite(tmp_path / "a.json")["a/b/c/time"].get_metadata()["fastmmu_hits"] == 0
+    for path in [path for folder in committed_folders(ROOT / "results") for path in folder.glob("*.json")]:
+        text = path.read_text()
+        assert not any(f'"{name}"' in text for name in PRIVATE_METADATA), path
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suites = {"a": [pyperf.Benchmark([fake_run(1.0)])], "b": [pyperf.Benchmark([fake_run(2.0)])]}
+    write_suites(tmp_path, suites)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    dumped: list[int] = []
+    honest = pyperf.BenchmarkSuite.dump
+
+    def failing(self: pyperf.BenchmarkSuite, file: object) -> None:
+        dumped.append(1)
+        if len(dumped) == 2:
+            raise OSError(28, "No space left on device")
+        honest(self, file)
+
+    monkeypatch.setattr(pyperf.BenchmarkSuite, "dump", failing)
+    with pytest.raises(ResultError, match="cannot be written: No space left"):
+        write_suites(tmp_path, suites)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultError, match="cannot be written"):
+        write_suites(tmp_path / "file" / "below", suites)
+
+
+def test_damaged_result_files_are_refused(tmp_path: Path) -> None:
+    for text in ("", "{}", '{"version": "1.0"', "[1]"):
+        (tmp_path / "mmio-cache.json").write_text(text)
+        with pytest.raises(ResultError, match="not a pyperf result file"):
+            tables_of(tmp_path)
+
+
+def test_summary_and_readme_are_generated_from_the_files() -> None:
+    results = ROOT / "results"
+    assert committed_folders(results), "results of a run are in the repository"
+    assert (results / "SUMMARY.md").read_text() == summary_text(results)
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_readme_block(readme, results)
+
+
+def test_list_and_unknown_names() -> None:
+    listed = bench("--list")
+    assert listed.returncode == 0
+    names = listed.stdout.split()
+    assert "mmio-cache/linux-boot/generation" in names and "replay/linux-boot/walk" in names and len(names) == 26
+    unknown = bench("--only", "nothing-like-this")
+    assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1
+    assert bench("--trace", "/does/not/exist.npz").stderr == "error: /does/not/exist.npz: No such file; expected a replay file\n"
+
+
+@compiled_only
+def test_a_quick_run_writes_suites_that_pyperf_reads(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = bench("--quick", "--only", "linux-boot", "--output", str(out))
+    assert run.returncode == 0, run.stderr
+    assert "speed-up over none" in run.stdout and "cost over the bare walk" in run.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["mmio-cache.json", "replay.json"]
+    suite = load_suite(out / "mmio-cache.json")
+    timed = suite["mmio-cache/linux-boot/generation/time"]
+    metadata = timed.get_metadata()
+    assert timed.get_nrun() == 3
+    devices = int(np.load(BUNDLED_TRACE)["io"][:75_000].sum())
+    assert metadata["inner_loops"] == metadata["fastmmu_device_accesses"] == devices
+    assert metadata["fastmmu_wrong"] == 0
+    count = suite["mmio-cache/linux-boot/none/guest_walks_per_million"]
+    assert (count.get_unit(), count.get_values()) == ("integer", (1_000_000,))
+    shown = subprocess.run(
+        [sys.executable, "-m", "pyperf", "compare_to", str(out / "mmio-cache.json"), str(out / "mmio-cache.json")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    text = json.dumps([json.loads(path.read_text()) for path in out.iterdir()])
+    assert str(tmp_path) not in text and sys.prefix not in text and os.uname().nodename not in text
+
+
+@compiled_only
+def test_a_worker_that_comes_to_another_digest_is_an_error(tmp_path: Path) -> None:
+    plan = Plan(Cell("mmio-cache", "linux-boot", "none"), 1, 12345)
+    with pytest.raises(WorkerError, match="came to digest"):
+        rounds.run_worker(plan, BUNDLED_TRACE, 60_000, tmp_path)
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+@compiled_only
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_no_result_and_no_worker(tmp_path: Path, how: signal.Signals) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bench", "--rigorous", "--only", "linux-boot/none", "--output", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers: list[int] = []
+    deadline = time.monotonic() + 120
+    while not workers and process.poll() is None and time.monotonic() < deadline:
+        workers = children_of(process.pid)
+        time.sleep(0.01)
+    assert workers, process.communicate()
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else 143)
+    assert "Traceback" not in errors
+    assert not out.exists()
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_trace_names_are_made_fit_for_cells() -> None:
+    assert trace_workload(BUNDLED_TRACE, 10).name == "linux-boot"

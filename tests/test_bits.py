@@ -1,0 +1,41 @@
+"""The second statement of every layout, copied by hand from the manual (SDM volume 3, figures 4-4 and 4-11, table 4-20)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastmmu.bits import ACC, CR0, CR4, EFER, GPTE32, GPTE64, PFERR, RFLAGS
+
+LAYOUTS = {
+    "gpte64": (GPTE64, {
+        "P": 0x1, "W": 0x2, "U": 0x4, "PWT": 0x8, "PCD": 0x10, "A": 0x20, "D": 0x40, "PS": 0x80, "G": 0x100, "PAT_LARGE": 0x1000,
+        "ADDR": 0x000F_FFFF_FFFF_F000, "KEY": 0x7800_0000_0000_0000, "NX": 0x8000_0000_0000_0000,
+    }),
+    "gpte32": (GPTE32, {
+        "P": 0x1, "W": 0x2, "U": 0x4, "PWT": 0x8, "PCD": 0x10, "A": 0x20, "D": 0x40, "PS": 0x80, "G": 0x100,
+        "ADDR": 0xFFFF_F000, "ADDR_4M": 0xFFC0_0000, "PSE36": 0x1_E000,
+    }),
+    "pferr": (PFERR, {"P": 1, "W": 2, "U": 4, "RSVD": 8, "F": 0x10, "PK": 0x20, "IMPLICIT": 0x1_0000_0000_0000}),
+    "acc": (ACC, {"X": 1, "W": 2, "U": 4, "ALL": 7}),
+    "cr0": (CR0, {"PE": 1, "WP": 0x1_0000, "PG": 0x8000_0000}),
+    "cr4": (CR4, {"PSE": 0x10, "PAE": 0x20, "PGE": 0x80, "LA57": 0x1000, "PCIDE": 0x2_0000, "SMEP": 0x10_0000, "SMAP": 0x20_0000,
+                  "PKE": 0x40_0000, "PKS": 0x100_0000}),
+    "efer": (EFER, {"LME": 0x100, "LMA": 0x400, "NX": 0x800}),
+    "rflags": (RFLAGS, {"AC": 0x4_0000}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_is_the_manuals(name: str) -> None:
+    layout, by_hand = LAYOUTS[name]
+    assert {field: int(mask) for field, mask in layout._asdict().items()} == by_hand
+    assert all(type(mask) is np.uint64 for mask in layout)
+
+
+@pytest.mark.parametrize("name", ["gpte64", "pferr", "cr0", "cr4", "efer"])
+def test_fields_do_not_overlap(name: str) -> None:
+    layout, _ = LAYOUTS[name]
+    fields = layout._asdict()
+    fields.pop("PAT_LARGE", None)  # shares the lowest address bit, by design
+    assert sum(int(mask) for mask in fields.values()) == int(np.bitwise_or.reduce(list(fields.values())))
