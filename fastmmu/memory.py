@@ -91,7 +91,7 @@ class GuestMemory:
         rows = np.zeros(max(1, len(memory)), SLOT)  # without any slot: one row that holds no address
         for row, (start, end, kind) in zip(rows, memory, strict=False):
             row["start"], row["end"], row["kind"] = start, end, SlotKind[kind.upper()]
-        self.state = MemoryState(self.words, self._halves, rows)
+        self.state = MemoryState(self.words, self._halves, rows, np.int64(rows[0]["start"]), rows[0]["end"] - rows[0]["start"])
 
     def advise_huge(self, start: int, end: int) -> None:
         """Ask the host for huge pages under [start, end), bytes: fewer misses of the host's own TLB over large tables."""
@@ -101,14 +101,6 @@ class GuestMemory:
 @kernel
 def find_slot(slots, gpa):
     """Index of the memory slot that holds byte address `gpa`, or NO_SLOT. The largest slot, which holds nearly all, is first."""
-    if slots[0]["start"] <= gpa and gpa < slots[0]["end"]:
-        return 0
-    return search_slots(slots, gpa)
-
-
-@kernel
-def search_slots(slots, gpa):
-    """The search behind `find_slot`, over all rows."""
     for i in range(len(slots)):
         if slots[i]["start"] <= gpa and gpa < slots[i]["end"]:
             return i

@@ -1,7 +1,7 @@
-"""Paging modes as the manual defines them, and the masks that follow from a definition and the registers.
+"""Paging modes as the manual defines them, and the tables that follow from a definition and the registers.
 
-A `PagingMode` holds what distinguishes the modes in a walk; `make_walker` of `walk.py` closes over it. `reserved_masks` and
-`permission_bytes` derive, once per register change, the tables that the walk looks up.
+A `PagingMode` holds what distinguishes the modes in a walk; the walkers of `walk.py` close over it. `reserved_masks` and
+`permission_bytes` derive, once per register change, the tables that a walk looks up.
 """
 
 from __future__ import annotations
@@ -12,29 +12,40 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmmu.bits import ACC, CR0, CR4, EFER, GPTE64, PFERR, PHYSICAL_BITS, RFLAGS, bit, field
+from fastmmu.bits import ACC, CR0, CR4, EFER, GPTE32, GPTE64, PFERR, PHYSICAL_BITS, RFLAGS, bit, field
 
 
 class Mode(IntEnum):
-    """Paging modes, by their number in the state."""
+    """Paging modes, by their number in the state; SDM volume 3, 4.1.1."""
 
+    NONE = 0
+    TWO_LEVEL = 2
+    PAE = 3
     LONG4 = 4
     LONG5 = 5
 
 
 class PagingMode(NamedTuple):
-    """One paging mode: SDM volume 3, table 4-1 and the table of use of linear-address bits."""
+    """One paging mode: SDM volume 3, table 4-1 and figures 4-2 to 4-10."""
 
-    levels: np.uint64
+    levels: np.uint64  # of tables in memory; the PDPTEs of PAE are registers
     index_bits: np.uint64
-    large: np.uint64  # mask of the bit that makes an entry above level 1 the last one
-    root: np.uint64  # mask of the table address in CR3
+    half: bool  # entries are 4 bytes long
+    pae: bool  # the top tables are found by the PDPTE registers
+    keys: bool  # leaf bits 62:59 are a protection key
+    root: np.uint64  # mask of the table address in CR3 and in an entry
 
 
-LONG4 = PagingMode(levels=np.uint64(4), index_bits=np.uint64(9), large=GPTE64.PS, root=GPTE64.ADDR)
-LONG5 = PagingMode(levels=np.uint64(5), index_bits=np.uint64(9), large=GPTE64.PS, root=GPTE64.ADDR)
+TWO_LEVEL = PagingMode(levels=np.uint64(2), index_bits=np.uint64(10), half=True, pae=False, keys=False, root=GPTE32.ADDR)
+PAE = PagingMode(levels=np.uint64(2), index_bits=np.uint64(9), half=False, pae=True, keys=False, root=GPTE64.ADDR)
+LONG4 = PagingMode(levels=np.uint64(4), index_bits=np.uint64(9), half=False, pae=False, keys=True, root=GPTE64.ADDR)
+LONG5 = PagingMode(levels=np.uint64(5), index_bits=np.uint64(9), half=False, pae=False, keys=True, root=GPTE64.ADDR)
 
 MAX_LEVELS = 5
+ADDRESS_BITS = {Mode.NONE: 64, Mode.TWO_LEVEL: 32, Mode.PAE: 32, Mode.LONG4: 48, Mode.LONG5: 57}
+"""Width of a guest virtual address; in the long modes the bits above are copies of the highest one."""
+
+REGISTERS = ("cr0", "cr3", "cr4", "efer", "pkru", "pkrs", "rflags")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +56,7 @@ class Cpu:
     PML5 entries reserved.
 
     Raises:
-        ValueError: a register outside 64 bits, a MAXPHYADDR outside 36..52, or a paging mode that is not supported.
+        ValueError: a register outside 64 bits, a MAXPHYADDR outside 36..52, or a combination that no processor accepts.
     """
 
     cr0: int
@@ -60,42 +71,60 @@ class Cpu:
     amd: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("cr0", "cr3", "cr4", "efer", "pkru", "pkrs", "rflags"):
+        for name in REGISTERS:
             value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or not 0 <= value < 1 << 64:
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < 1 << 64:
                 raise ValueError(f"{name}: {value!r}, expected an int from 0 to 2^64 - 1")
             object.__setattr__(self, name, int(value))
-        if not 36 <= self.maxphyaddr <= PHYSICAL_BITS:
-            raise ValueError(f"maxphyaddr: {self.maxphyaddr!r}, expected 36 to {PHYSICAL_BITS}")
-        self.mode  # noqa: B018  an unsupported combination is refused here, not at the first walk
+        width = self.maxphyaddr
+        if not isinstance(width, (int, np.integer)) or not 36 <= width <= PHYSICAL_BITS:
+            raise ValueError(f"maxphyaddr: {width!r}, expected an int from 36 to {PHYSICAL_BITS}")
+        if self.cr0 & int(CR0.PG) and self.efer & int(EFER.LMA | EFER.LME) and not self.cr4 & int(CR4.PAE):
+            raise ValueError(f"cr4={self.cr4:#x} efer={self.efer:#x}: expected CR4.PAE with paging in long mode")
 
     @property
     def mode(self) -> Mode:
         """Paging mode that CR0, CR4 and EFER select (SDM volume 3, 4.1.1)."""
-        long_mode = self.cr0 & int(CR0.PG) and self.cr4 & int(CR4.PAE) and self.efer & int(EFER.LME | EFER.LMA)
-        if not long_mode:
-            raise ValueError(f"cr0={self.cr0:#x} cr4={self.cr4:#x} efer={self.efer:#x}: only 4-level and 5-level paging so far")
+        if not self.cr0 & int(CR0.PG):
+            return Mode.NONE
+        if not self.cr4 & int(CR4.PAE):
+            return Mode.TWO_LEVEL
+        if not self.efer & int(EFER.LMA | EFER.LME):
+            return Mode.PAE
         return Mode.LONG5 if self.cr4 & int(CR4.LA57) else Mode.LONG4
 
     @property
     def reported_access(self) -> int:
-        """Access bits that an error code reports: W, U, and F if EFER.NX or CR4.SMEP is set (SDM volume 3, 4.7)."""
+        """Access bits that an error code reports: W, U, and F if EFER.NX or CR4.SMEP is set (facts 1.5)."""
         fetch = self.efer & int(EFER.NX) or self.cr4 & int(CR4.SMEP)
         return int(PFERR.W | PFERR.U | (PFERR.F if fetch else np.uint64(0)))
 
 
+def physical_bits_above(maxphyaddr: int, high: int) -> np.uint64:
+    """Mask of the bits from MAXPHYADDR up to `high`; none where MAXPHYADDR is beyond it."""
+    return field(high, maxphyaddr) if maxphyaddr <= high else np.uint64(0)
+
+
 def reserved_masks(cpu: Cpu) -> np.ndarray:
-    """Reserved bits of a gpte as uint64[16], row 8 * (bit 7 of the entry) + level; SDM volume 3, 4.4 and 4.5, facts 1.3."""
+    """Reserved bits of a gpte as uint64[16], row 8 * (large) + level; SDM volume 3, 4.3 to 4.5, facts 1.3."""
     masks = np.zeros((2, 8), np.uint64)
-    common = field(PHYSICAL_BITS - 1, cpu.maxphyaddr) if cpu.maxphyaddr < PHYSICAL_BITS else np.uint64(0)
-    if not cpu.efer & int(EFER.NX):
-        common |= GPTE64.NX
-    masks[:, 1:] = common
-    top = GPTE64.PS | (bit(8) if cpu.amd else np.uint64(0))
-    masks[:, 4:] |= top
-    masks[1, 3] |= field(29, 13) if cpu.page_1g else GPTE64.PS
-    masks[1, 2] |= field(20, 13)
+    pointer, large = masks
+    mode = cpu.mode
+    if mode == Mode.TWO_LEVEL:
+        large[2] = field(21, 17)  # PSE-36: bits 16:13 are address bits 35:32
+    elif mode != Mode.NONE:
+        masks[:, 1:] = physical_bits_above(cpu.maxphyaddr, 62 if mode == Mode.PAE else PHYSICAL_BITS - 1)
+        if not cpu.efer & int(EFER.NX):
+            masks[:, 1:] |= GPTE64.NX
+        masks[:, 4:] |= GPTE64.PS | (bit(8) if cpu.amd else np.uint64(0))
+        large[3] |= field(29, 13) if cpu.page_1g else GPTE64.PS
+        large[2] |= field(20, 13)
     return masks.reshape(16)
+
+
+def pdpte_reserved(cpu: Cpu) -> int:
+    """Bits that a present PDPTE of PAE paging must not set when CR3 is loaded (SDM volume 3, table 4-8, facts 1.7)."""
+    return int(physical_bits_above(cpu.maxphyaddr, 63) | field(8, 5) | field(2, 1))
 
 
 def permission_bytes(cpu: Cpu) -> np.ndarray:
@@ -123,6 +152,51 @@ def permission_bytes(cpu: Cpu) -> np.ndarray:
     return table
 
 
+class PlainColumn(IntEnum):
+    """Columns of the table that tells a plain walk (see `plain_checks`), uint64 each."""
+
+    POINTER_MASK = 0  # an entry that points to a table, masked by this,
+    POINTER = 1  # must be this
+    LEAF_MASK = 2  # and the leaf likewise
+    LEAF = 3
+
+
+def plain_checks(cpu: Cpu) -> np.ndarray:
+    """For each fault kind (see `permission_bytes`) the masks by which a walk is plain: it succeeds and changes nothing in memory.
+
+    uint64[16, len(PlainColumn)]. Every entry is present and accessed, gives the right that the access needs, and sets no reserved
+    bit; the leaf of a write is dirty; where SMEP or SMAP forbids user pages the leaf is none; where protection keys deny anything the
+    leaf has key 0, which they do not deny. The conditions are sufficient: what they refuse is for the exact walk. Large pages have more reserved bits, see `reserved_masks`. Only for 8-byte entries.
+    """
+    table = np.zeros((16, len(PlainColumn)), np.uint64)
+    nothing = np.uint64(0)
+    nx, smep, smap = cpu.efer & int(EFER.NX), cpu.cr4 & int(CR4.SMEP), cpu.cr4 & int(CR4.SMAP)
+    for kind, row in enumerate(table):
+        pferr = kind << 1
+        write, user, fetch = pferr & int(PFERR.W), pferr & int(PFERR.U), pferr & int(PFERR.F)
+        needed = GPTE64.P | GPTE64.A
+        needed |= GPTE64.W if write and (user or cpu.cr0 & int(CR0.WP)) else nothing
+        needed |= GPTE64.U if user else nothing
+        forbidden = reserved_masks(cpu)[1] | (GPTE64.NX if fetch and nx else nothing)
+        user_page_faults = not user and (smep if fetch else smap and not pferr & int(PFERR.RSVD))
+        row[PlainColumn.POINTER] = needed
+        row[PlainColumn.POINTER_MASK] = needed | forbidden | GPTE64.PS | (bit(8) if cpu.amd else nothing)
+        row[PlainColumn.LEAF] = needed | (GPTE64.D if write else nothing)
+        row[PlainColumn.LEAF_MASK] = row[PlainColumn.LEAF] | forbidden | (GPTE64.U if user_page_faults else nothing)
+        if any(key_rights(cpu)):
+            key_zero_is_free = not any(register & 3 for register in key_rights(cpu))
+            row[PlainColumn.LEAF_MASK] |= GPTE64.KEY if key_zero_is_free else nothing
+            row[PlainColumn.LEAF] |= nothing if key_zero_is_free else GPTE64.KEY  # outside the mask: nothing is plain
+    return table
+
+
 def alignment_check(cpu: Cpu) -> bool:
     """EFLAGS.AC: explicit supervisor accesses may touch user pages under SMAP."""
     return bool(cpu.rflags & int(RFLAGS.AC))
+
+
+def key_rights(cpu: Cpu) -> tuple[int, int]:
+    """Protection-key registers as they apply: (PKRU for user pages, PKRS for supervisor pages), 0 where the feature is off."""
+    if cpu.mode not in (Mode.LONG4, Mode.LONG5):
+        return 0, 0
+    return cpu.pkru if cpu.cr4 & int(CR4.PKE) else 0, cpu.pkrs if cpu.cr4 & int(CR4.PKS) else 0

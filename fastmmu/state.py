@@ -34,6 +34,8 @@ class MemoryState(NamedTuple):
     words: np.ndarray
     halves: np.ndarray
     slots: np.ndarray
+    start: np.int64  # the largest slot once more, as scalars: nearly every table lies in it
+    size: np.uint64
 
 
 class Reg(IntEnum):
@@ -44,6 +46,14 @@ class Reg(IntEnum):
     AC = 2  # 1 when EFLAGS.AC is set
     PFERR_ACCESS = 3  # the access bits that an error code reports: W, U, and F under NX or SMEP (facts 1.5)
     GENERATION = 4  # memslot generation, bit 63 while an update is in progress (facts 3.4.5)
+    LARGE = 5  # GPTE64.PS where bit 7 makes a page large: always, but under two-level paging only with CR4.PSE
+    PKRU = 6  # 0 where the feature is off
+    PKRS = 7
+    WP = 8  # 1 when CR0.WP is set
+    PDPTE0 = 9  # the four PDPTEs of PAE paging, as loaded with CR3
+    PDPTE1 = 10
+    PDPTE2 = 11
+    PDPTE3 = 12
 
 
 class MmuState(NamedTuple):
@@ -52,6 +62,7 @@ class MmuState(NamedTuple):
     reg: np.ndarray  # uint64[len(Reg)]
     reserved: np.ndarray  # uint64[16], see paging.reserved_masks
     permissions: np.ndarray  # uint8[16], see paging.permission_bytes
+    plain: np.ndarray  # uint64[16, len(PlainColumn)], see paging.plain_checks
 
 
 class VmState(NamedTuple):
@@ -60,6 +71,18 @@ class VmState(NamedTuple):
     mem: MemoryState
     mmu: MmuState
     trail: np.ndarray  # uint64[TRAIL_LENGTH]: the entries that the walk in progress read, by level
+
+
+class Plain(NamedTuple):
+    """What tells a plain walk for one kind of access, as scalars that a loop keeps in registers (see paging.plain_checks)."""
+
+    mode: np.uint64
+    root: np.uint64
+    pointer_mask: np.uint64
+    pointer: np.uint64
+    leaf_mask: np.uint64
+    leaf: np.uint64
+    access: np.uint64
 
 
 class Walk(NamedTuple):

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastmmu.bits import PAGE_SHIFT, PFERR, WORDS_PER_PAGE
+from fastmmu.bits import CR0, CR4, GPTE64, PAGE_SHIFT, PFERR, WORDS_PER_PAGE
 from fastmmu.events import Op
 from fastmmu.memory import GuestMemory, Slot
-from fastmmu.paging import Cpu, alignment_check, permission_bytes, reserved_masks
+from fastmmu.paging import Cpu, Mode, alignment_check, key_rights, permission_bytes, plain_checks, reserved_masks
 from fastmmu.replay import replay
 from fastmmu.state import TRAIL_LENGTH, Digest, MmuState, Reg, Stat, VmState
 from fastmmu.strategy import Strategy
@@ -124,7 +124,8 @@ def make_state(memory: GuestMemory, cpu: Cpu) -> VmState:
     """State of a vCPU with these registers on that memory, as kernels take it."""
     reg = np.zeros(len(Reg), np.uint64)
     load_registers(reg, cpu)
-    return VmState(memory.state, MmuState(reg, reserved_masks(cpu), permission_bytes(cpu)), np.zeros(TRAIL_LENGTH, np.uint64))
+    mmu = MmuState(reg, reserved_masks(cpu), permission_bytes(cpu), plain_checks(cpu))
+    return VmState(memory.state, mmu, np.zeros(TRAIL_LENGTH, np.uint64))
 
 
 def load_registers(reg: np.ndarray, cpu: Cpu) -> None:
@@ -134,3 +135,6 @@ def load_registers(reg: np.ndarray, cpu: Cpu) -> None:
     reg[Reg.MODE] = cpu.mode
     reg[Reg.AC] = alignment_check(cpu)
     reg[Reg.PFERR_ACCESS] = cpu.reported_access
+    reg[Reg.LARGE] = GPTE64.PS if cpu.mode != Mode.TWO_LEVEL or cpu.cr4 & int(CR4.PSE) else 0
+    reg[Reg.PKRU], reg[Reg.PKRS] = key_rights(cpu)
+    reg[Reg.WP] = bool(cpu.cr0 & int(CR0.WP))

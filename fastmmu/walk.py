@@ -1,6 +1,7 @@
-"""The guest page-table walk.
+"""The guest page-table walk, in every paging mode.
 
-4-level paging, SDM volume 3, figure 4-8 (5-level adds PML5 = gva[56:48] on top):
+4-level paging, SDM volume 3, figure 4-8 (5-level adds PML5 = gva[56:48] on top; PAE starts at level 2 from one of four
+registers; two-level paging has ten index bits, 4-byte entries, and 4 MiB pages):
 
      47      39 38      30 29      21 20      12 11         0
     +----------+----------+----------+----------+------------+
@@ -18,15 +19,18 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import cmpxchg, kernel, load
-from fastmmu.bits import ACC, GPTE64, ONE, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
+from fastmmu.bits import ACC, GPTE32, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
 from fastmmu.memory import find_slot
-from fastmmu.paging import LONG4, LONG5, Mode, PagingMode
-from fastmmu.permission import permission_fault
-from fastmmu.state import NO_SLOT, Reg, SlotKind, Walk
+from fastmmu.paging import LONG4, LONG5, PAE, TWO_LEVEL, Mode, PagingMode, PlainColumn
+from fastmmu.permission import fault_kind, key_fault, permission_fault
+from fastmmu.state import NO_SLOT, Plain, Reg, SlotKind, Walk
 
 ALL_ONES = field(63, 0)
 ROM = np.uint64(SlotKind.ROM)
-MODE_LONG5 = np.uint64(Mode.LONG5)
+MODE_NONE, MODE_TWO_LEVEL, MODE_PAE, MODE_LONG4, MODE_LONG5 = (np.uint64(mode) for mode in Mode)
+PDPTE_LEVEL, PDPTE_SHIFT, PDPTE_INDEX = np.uint64(3), np.uint64(30), np.uint64(3)
+PSE36_SHIFT = np.uint64(32 - 13)
+LARGE_TO_ROW = np.uint64(7 - 3)
 
 
 @kernel
@@ -48,16 +52,42 @@ def page_offset_mask(level, index_bits):
 
 
 @kernel
+def reserved_row(large, level):
+    """Row of the reserved masks for an entry whose bit 7 is `large` (0 or GPTE64.PS): bit 7 becomes bit 3."""
+    return (large >> LARGE_TO_ROW) | level
+
+
+@kernel
+def read_entry(mem, mode, table, index):
+    """The entry at `index` of the table at `table`, which lies in a slot."""
+    if mode.half:
+        return np.uint64(load(mem.halves, (table >> HALF_SHIFT) + index))
+    return load(mem.words, (table >> WORD_SHIFT) + index)
+
+
+@kernel
+def exchange_entry(mem, mode, table, index, gpte, wanted):
+    """Replace the entry if it is still `gpte`; returns whether it was. 4-byte entries share a word with a neighbour: each is
+    exchanged on its own."""
+    if mode.half:
+        old = np.uint32(gpte)
+        return cmpxchg(mem.halves, (table >> HALF_SHIFT) + index, old, np.uint32(wanted)) == old
+    return cmpxchg(mem.words, (table >> WORD_SHIFT) + index, gpte, wanted) == gpte
+
+
+@kernel
 def access_of(rights):
     """ACC form of the accumulated entry bits, in which NX is inverted (facts 1.2)."""
-    access = ZERO
-    if rights & GPTE64.NX != ZERO:
-        access |= ACC.X
-    if rights & GPTE64.W != ZERO:
-        access |= ACC.W
-    if rights & GPTE64.U != ZERO:
-        access |= ACC.U
-    return access
+    return (rights & (ACC.W | ACC.U)) | (rights >> np.uint64(63))
+
+
+@kernel
+def page_gpa(mode, gpte, gva, level):
+    """Guest physical address of `gva` in the page that the leaf maps (facts 1.1, W14)."""
+    offset = page_offset_mask(level, mode.index_bits)
+    if mode.half and level != ONE:
+        return (gpte & GPTE32.ADDR_4M) | ((gpte & GPTE32.PSE36) << PSE36_SHIFT) | (gva & offset)
+    return (gpte & GPTE64.ADDR & ~offset) | (gva & offset)
 
 
 @kernel
@@ -74,25 +104,18 @@ def update_accessed_dirty(mem, trail, mode, table, gva, leaf_level, write):
         if level == leaf_level and write:
             wanted |= GPTE64.D
         if wanted != gpte and mem.slots[find_slot(mem.slots, table)]["kind"] != ROM:
-            word = (table >> WORD_SHIFT) + table_index(gva, level, mode.index_bits)
-            if cmpxchg(mem.words, word, gpte, wanted) != gpte:
+            if not exchange_entry(mem, mode, table, table_index(gva, level, mode.index_bits), gpte, wanted):
                 return False
         if level == leaf_level:
             return True
-        table = gpte & GPTE64.ADDR
+        table = gpte & mode.root
         level -= ONE
-
-
-@kernel
-def reserved_index(large, level):
-    """Row of the reserved masks for an entry whose bit 7 is `large` (0 or GPTE64.PS): bit 7 becomes bit 3."""
-    return (large >> np.uint64(4)) | level
 
 
 def make_walker(mode: PagingMode):
     """Walker of one paging mode; a closure over its constants, so that shifts and masks are immediates."""
 
-    @kernel(inline=True)
+    @kernel
     def walk(mem, mmu, trail, gva, access):
         """Translate `gva` for `access` (PFERR bits) through the tables at CR3.
 
@@ -104,6 +127,11 @@ def make_walker(mode: PagingMode):
             access: uint64, PFERR.W, U, F, IMPLICIT.
         """
         root = mmu.reg[Reg.CR3] & mode.root
+        if mode.pae:
+            pdpte = mmu.reg[np.uint64(Reg.PDPTE0) + ((gva >> PDPTE_SHIFT) & PDPTE_INDEX)]
+            if pdpte & GPTE64.P == ZERO:
+                return fault(mmu, PDPTE_LEVEL, access, ZERO)
+            root = pdpte & mode.root
         write = access & PFERR.W != ZERO
         while True:  # again when an entry changed between reading it and setting its A or D (facts 1.1, W17)
             table = root
@@ -112,22 +140,25 @@ def make_walker(mode: PagingMode):
             while True:
                 if find_slot(mem.slots, table) == NO_SLOT:
                     return fault(mmu, level, access, ZERO)
-                gpte = load(mem.words, (table >> WORD_SHIFT) + table_index(gva, level, mode.index_bits))
+                gpte = read_entry(mem, mode, table, table_index(gva, level, mode.index_bits))
                 if gpte & GPTE64.P == ZERO:
                     return fault(mmu, level, access, ZERO)
-                large = gpte & mode.large
-                if gpte & mmu.reserved[reserved_index(large, level)] != ZERO:
+                large = gpte & mmu.reg[Reg.LARGE]
+                if gpte & mmu.reserved[reserved_row(large, level)] != ZERO:
                     return fault(mmu, level, access, PFERR.P | PFERR.RSVD)
                 rights &= gpte ^ GPTE64.NX
                 if trail is not None:
                     trail[level] = gpte
                 if level == ONE or large != ZERO:
                     break
-                table = gpte & GPTE64.ADDR
+                table = gpte & mode.root
                 level -= ONE
 
             page_access = access_of(rights)
-            if permission_fault(mmu, page_access, access):
+            denied = permission_fault(mmu, page_access, access)
+            if mode.keys and key_fault(mmu, gpte, page_access, access):
+                return fault(mmu, level, access, PFERR.P | PFERR.PK)
+            if denied:
                 return fault(mmu, level, access, PFERR.P)
             dirty = gpte & GPTE64.D != ZERO
             if not write and not dirty:
@@ -135,22 +166,110 @@ def make_walker(mode: PagingMode):
             if trail is not None and (rights & GPTE64.A == ZERO or (write and not dirty)):
                 if not update_accessed_dirty(mem, trail, mode, root, gva, level, write):
                     continue
-            offset = page_offset_mask(level, mode.index_bits)
-            return Walk(True, (gpte & GPTE64.ADDR & ~offset) | (gva & offset), level, page_access, ZERO)
+            return Walk(True, page_gpa(mode, gpte, gva, level), level, page_access, ZERO)
 
     return walk
 
 
+@kernel
+def plain_answer(mode, gpte, gva, level, rights, seen):
+    """Answer of a plain walk whose entries AND to `rights` and OR to `seen`."""
+    page_access = access_of((rights & ~GPTE64.NX) | (~seen & GPTE64.NX))
+    if gpte & GPTE64.D == ZERO:
+        page_access &= ~ACC.W
+    return Walk(True, page_gpa(mode, gpte, gva, level), level, page_access, ZERO)
+
+
+def make_plain_walker(mode: PagingMode):
+    """Walker for the plain case of an 8-byte mode: every table in the largest slot, nothing denied, A and D already set.
+
+    It is what nearly every walk comes to. One masked compare per entry stands for all checks, because what waits for a cache miss is
+    what limits how many walks the processor overlaps. Whatever is not plain answers ok=False and is for the exact walker.
+    """
+
+    @kernel(inline=True)
+    def walk_plain(mem, mmu, plain, gva):
+        """As `walk`, for the access of `plain`; ok=False says only that the case is not plain."""
+        table = plain.root
+        level = mode.levels
+        rights, seen = ALL_ONES, ZERO
+        while True:
+            if np.uint64(np.int64(table) - mem.start) >= mem.size:  # below the start it wraps around: one compare for both ends
+                return Walk(False, ZERO, level, ZERO, ZERO)
+            gpte = load(mem.words, (table >> WORD_SHIFT) + table_index(gva, level, mode.index_bits))
+            rights &= gpte
+            seen |= gpte
+            if level == ONE:
+                if gpte & plain.leaf_mask != plain.leaf:
+                    return Walk(False, ZERO, level, ZERO, ZERO)
+                return plain_answer(mode, gpte, gva, ONE, rights, seen)
+            if gpte & plain.pointer_mask != plain.pointer:
+                reserved = mmu.reserved[reserved_row(GPTE64.PS, level)]
+                if gpte & GPTE64.PS == ZERO or gpte & reserved != ZERO or gpte & plain.leaf_mask != plain.leaf:
+                    return Walk(False, ZERO, level, ZERO, ZERO)
+                return plain_answer(mode, gpte, gva, level, rights, seen)
+            table = gpte & mode.root
+            level -= ONE
+
+    return walk_plain
+
+
+walk_two_level = make_walker(TWO_LEVEL)
+walk_pae = make_walker(PAE)
 walk_long4 = make_walker(LONG4)
 walk_long5 = make_walker(LONG5)
+walk_plain_long4 = make_plain_walker(LONG4)
+walk_plain_long5 = make_plain_walker(LONG5)
+
+
+@kernel
+def walk_exact(mem, mmu, trail, gva, access):
+    """Walk in the paging mode of `mmu`, by the exact walker of that mode."""
+    mode = mmu.reg[Reg.MODE]
+    if mode == MODE_LONG5:
+        return walk_long5(mem, mmu, trail, gva, access)
+    if mode == MODE_PAE:
+        return walk_pae(mem, mmu, trail, gva, access)
+    if mode == MODE_TWO_LEVEL:
+        return walk_two_level(mem, mmu, trail, gva, access)
+    if mode == MODE_NONE:
+        return Walk(True, gva, ZERO, ACC.ALL, ZERO)
+    return walk_long4(mem, mmu, trail, gva, access)
+
+
+@kernel
+def plain_for(mmu, access):
+    """The checks of plain walks for `access`, in the registers as they are now."""
+    kind = fault_kind(mmu, access)
+    return Plain(
+        mmu.reg[Reg.MODE],
+        mmu.reg[Reg.CR3] & GPTE64.ADDR,
+        mmu.plain[kind, PlainColumn.POINTER_MASK],
+        mmu.plain[kind, PlainColumn.POINTER],
+        mmu.plain[kind, PlainColumn.LEAF_MASK],
+        mmu.plain[kind, PlainColumn.LEAF],
+        access,
+    )
 
 
 @kernel(inline=True)
 def walk_gva(mem, mmu, trail, gva, access):
-    """Walk in the paging mode of `mmu`."""
-    if mmu.reg[Reg.MODE] == MODE_LONG5:
-        return walk_long5(mem, mmu, trail, gva, access)
-    return walk_long4(mem, mmu, trail, gva, access)
+    """Walk in the paging mode of `mmu`: the plain case at once, all others exactly."""
+    return walk_by(mem, mmu, trail, plain_for(mmu, access), gva)
+
+
+@kernel(inline=True)
+def walk_by(mem, mmu, trail, plain, gva):
+    """`walk_gva` for a loop in which registers and access stay: it makes `plain` once."""
+    if plain.mode == MODE_LONG4:
+        walk = walk_plain_long4(mem, mmu, plain, gva)
+        if walk.ok:
+            return walk
+    elif plain.mode == MODE_LONG5:
+        walk = walk_plain_long5(mem, mmu, plain, gva)
+        if walk.ok:
+            return walk
+    return walk_exact(mem, mmu, trail, gva, plain.access)
 
 
 @kernel

@@ -212,8 +212,8 @@ def test_a_walk_under_a_writer_is_never_torn() -> None:
 
 
 def test_registers_that_are_not_supported_are_refused() -> None:
-    for bad in ({"cr0": 0x11}, {"efer": 0}, {"maxphyaddr": 35}, {"maxphyaddr": 53}, {"cr3": -1}, {"cr3": 1 << 64}, {"cr4": "x"}):
-        with pytest.raises(ValueError, match="expected|only"):
+    for bad in ({"cr4": 0}, {"maxphyaddr": 35}, {"maxphyaddr": 53}, {"cr3": -1}, {"cr3": 1 << 64}, {"cr4": "x"}):
+        with pytest.raises(ValueError, match="expected"):
             Cpu(**{**LONG, **bad})
     assert Cpu(**LONG).mode == Mode.LONG4
     assert int(make_state(GuestMemory(4096), Cpu(**{**LONG, "cr4": 0x1020})).mmu.reg[Reg.MODE]) == Mode.LONG5
