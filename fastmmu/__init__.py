@@ -1,9 +1,39 @@
 """fastmmu: an exact, fast, executable model of KVM's x86 MMU."""
 
+from fastmmu.explain import explain
 from fastmmu.memory import GuestMemory
 from fastmmu.paging import Cpu
 from fastmmu.trace import TraceError, load_replay
+from fastmmu.translate import (
+    FETCH,
+    IMPLICIT,
+    USER,
+    WRITE,
+    GeneralProtection,
+    Translation,
+    Translations,
+    translate,
+    translate_many,
+)
 from fastmmu.vm import ReplayError, Vm, Workload
 
-__all__ = ["Cpu", "GuestMemory", "ReplayError", "TraceError", "Vm", "Workload", "load_replay"]
+__all__ = [
+    "FETCH",
+    "IMPLICIT",
+    "USER",
+    "WRITE",
+    "Cpu",
+    "GeneralProtection",
+    "GuestMemory",
+    "ReplayError",
+    "TraceError",
+    "Translation",
+    "Translations",
+    "Vm",
+    "Workload",
+    "explain",
+    "load_replay",
+    "translate",
+    "translate_many",
+]
 __version__ = "0.1.0"

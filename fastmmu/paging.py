@@ -108,7 +108,7 @@ def physical_bits_above(maxphyaddr: int, high: int) -> np.uint64:
 def reserved_masks(cpu: Cpu) -> np.ndarray:
     """Reserved bits of a gpte as uint64[16], row 8 * (large) + level; SDM volume 3, 4.3 to 4.5, facts 1.3."""
     masks = np.zeros((2, 8), np.uint64)
-    pointer, large = masks
+    large = masks[1]
     mode = cpu.mode
     if mode == Mode.TWO_LEVEL:
         large[2] = field(21, 17)  # PSE-36: bits 16:13 are address bits 35:32
@@ -123,8 +123,12 @@ def reserved_masks(cpu: Cpu) -> np.ndarray:
 
 
 def pdpte_reserved(cpu: Cpu) -> int:
-    """Bits that a present PDPTE of PAE paging must not set when CR3 is loaded (SDM volume 3, table 4-8, facts 1.7)."""
-    return int(physical_bits_above(cpu.maxphyaddr, 63) | field(8, 5) | field(2, 1))
+    """Bits that a present PDPTE of PAE paging must not set when CR3 is loaded (SDM volume 3, table 4-8, facts 1.7).
+
+    Bit 5, which the manual reserves too, is let pass: QEMU sets it as an accessed bit in memory, after the load, so that every
+    image of a PAE guest taken from it has it.
+    """
+    return int(physical_bits_above(cpu.maxphyaddr, 63) | field(8, 6) | field(2, 1))
 
 
 def permission_bytes(cpu: Cpu) -> np.ndarray:
@@ -165,8 +169,9 @@ def plain_checks(cpu: Cpu) -> np.ndarray:
     """For each fault kind (see `permission_bytes`) the masks by which a walk is plain: it succeeds and changes nothing in memory.
 
     uint64[16, len(PlainColumn)]. Every entry is present and accessed, gives the right that the access needs, and sets no reserved
-    bit; the leaf of a write is dirty; where SMEP or SMAP forbids user pages the leaf is none; where protection keys deny anything the
-    leaf has key 0, which they do not deny. The conditions are sufficient: what they refuse is for the exact walk. Large pages have more reserved bits, see `reserved_masks`. Only for 8-byte entries.
+    bit; the leaf of a write is dirty; where SMEP or SMAP forbids user pages the leaf is none; where protection keys deny anything
+    the leaf has key 0, which they do not deny. The conditions are sufficient: what they refuse is for the exact walk. Large
+    pages have more reserved bits, see `reserved_masks`. Only for 8-byte entries.
     """
     table = np.zeros((16, len(PlainColumn)), np.uint64)
     nothing = np.uint64(0)

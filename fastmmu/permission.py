@@ -15,7 +15,7 @@ ACCESS_DISABLE, WRITE_DISABLE = np.uint64(1), np.uint64(2)
 
 @kernel
 def fault_kind(mmu, access):
-    """Row of the tables by fault kind: W, U, F of `access`, and "SMAP does not apply" at the place of RSVD, shifted right by one."""
+    """Row of the tables by fault kind: W, U, F of `access`, "SMAP does not apply" in the place of RSVD, shifted right by one."""
     kind = access & KIND_BITS
     if mmu.reg[Reg.AC] != ZERO and access & PFERR.IMPLICIT == ZERO:
         kind |= PFERR.RSVD

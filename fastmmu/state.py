@@ -95,6 +95,13 @@ class Walk(NamedTuple):
     pferr: np.uint64
 
 
+class Scratch(NamedTuple):
+    """Working space of one thread that translates in blocks."""
+
+    trail: np.ndarray  # uint64[TRAIL_LENGTH]
+    lanes: np.ndarray  # uint64[LANES * BLOCK], see batch.py
+
+
 TRAIL_LENGTH = MAX_LEVELS + 1
 
 

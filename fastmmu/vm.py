@@ -113,7 +113,7 @@ class Vm:
 
         access, gva = int(event["access"]), int(event["address"])
         kind = "fetch" if access & int(PFERR.F) else "write" if access & int(PFERR.W) else "read"
-        walk = explain_walk(self.memory, self.state.mmu.reg, self.workload.cpu, gva, access)
+        walk = explain_walk(self.memory, self.workload.cpu, int(self.state.mmu.reg[Reg.CR3]), gva, access)
         return (
             f"record {int(event['record'])}: {kind} of gva {gva:#x} translates to {walk.answer}, "
             f"expected gpa {int(event['value']):#x}; walk: {'; '.join(walk.steps)}"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastmmu.bits import ACC, CR0, CR4, EFER, GPTE64, PFERR, RFLAGS
+from fastmmu.bits import ACC, CR0, CR4, EFER, GPTE32, GPTE64, PFERR, RFLAGS
 from fastmmu.paging import Cpu
 
 P, W, U, A, D, PS, NX, ADDR = (int(getattr(GPTE64, name)) for name in ("P", "W", "U", "A", "D", "PS", "NX", "ADDR"))
 ACC_X, ACC_W, ACC_U = int(ACC.X), int(ACC.W), int(ACC.U)
-PFERR_P, PFERR_W, PFERR_U, PFERR_RSVD, PFERR_F = (int(getattr(PFERR, name)) for name in ("P", "W", "U", "RSVD", "F"))
-PFERR_IMPLICIT = int(PFERR.IMPLICIT)
+PFERR_P, PFERR_W, PFERR_U, PFERR_RSVD, PFERR_F, PFERR_PK, PFERR_IMPLICIT = (
+    int(getattr(PFERR, name)) for name in ("P", "W", "U", "RSVD", "F", "PK", "IMPLICIT")
+)
 
 
 @dataclass
 class Memory:
-    """Guest memory: {gpa of a word: value}, zero where absent, and the slots (start, end, kind)."""
+    """Guest memory: {gpa of an 8-byte word: value}, zero where absent, and the slots (start, end, kind)."""
 
     slots: list[tuple[int, int, str]]
     words: dict[int, int] = field(default_factory=dict)
@@ -26,6 +27,18 @@ class Memory:
             if start <= gpa < end:
                 return None if kind == "device" else kind
         return None
+
+    def read(self, gpa: int, size: int) -> int:
+        """The entry of 4 or 8 bytes at `gpa`, little endian."""
+        word = self.words.get(gpa & ~7, 0)
+        return word if size == 8 else word >> 8 * (gpa & 4) & 0xFFFFFFFF
+
+    def write(self, gpa: int, size: int, value: int) -> None:
+        """Replace that entry, and nothing beside it."""
+        if size == 4:
+            shift = 8 * (gpa & 4)
+            value = self.read(gpa & ~7, 8) & ~(0xFFFFFFFF << shift) | value << shift
+        self.words[gpa & ~7] = value
 
 
 @dataclass(frozen=True)
@@ -39,24 +52,55 @@ class Translation:
     pferr: int = 0
 
 
+class GeneralProtection(Exception):
+    """#GP instead of a page fault."""
+
+
 class Walker:
     """A processor's view of one set of registers; CR3 is given with each walk."""
 
     def __init__(self, memory: Memory, cpu: Cpu) -> None:
         self.memory = memory
-        self.levels = 5 if cpu.cr4 & int(CR4.LA57) else 4
+        cr4 = {name for name in CR4._fields if cpu.cr4 & int(getattr(CR4, name))}
+        self.paging = bool(cpu.cr0 & int(CR0.PG))
+        self.pae = "PAE" in cr4
+        self.long = self.pae and bool(cpu.efer & int(EFER.LMA | EFER.LME))
+        self.levels = (5 if "LA57" in cr4 else 4) if self.long else 2
+        self.pse = "PSE" in cr4
         self.write_protect = bool(cpu.cr0 & int(CR0.WP))
         self.nx = bool(cpu.efer & int(EFER.NX))
-        self.smep = bool(cpu.cr4 & int(CR4.SMEP))
-        self.smap = bool(cpu.cr4 & int(CR4.SMAP))
+        self.smep, self.smap = "SMEP" in cr4, "SMAP" in cr4
+        self.user_keys = cpu.pkru if self.long and "PKE" in cr4 else 0
+        self.supervisor_keys = cpu.pkrs if self.long and "PKS" in cr4 else 0
         self.alignment_check = bool(cpu.rflags & int(RFLAGS.AC))
         self.page_1g = cpu.page_1g
         self.amd = cpu.amd
-        self.beyond_maxphyaddr = ((1 << 52) - 1) & ~((1 << cpu.maxphyaddr) - 1)
+        self.maxphyaddr = cpu.maxphyaddr
+
+    def is_address(self, gva: int) -> bool:
+        """Whether `gva` is an address of this mode: canonical in long mode (SDM volume 1, 3.3.7.1), else 32 bits wide."""
+        if not self.paging:
+            return True
+        if not self.long:
+            return gva < 1 << 32
+        top = gva >> (56 if self.levels == 5 else 47)
+        return top == 0 or top == (1 << (8 if self.levels == 5 else 17)) - 1
+
+    def load_pdptes(self, cr3: int) -> list[int]:
+        """The four PDPTEs that a load of CR3 reads under PAE paging (SDM volume 3, 4.4.1)."""
+        table = cr3 & 0xFFFFFFE0
+        pdptes = [self.memory.read(table + 8 * i, 8) if self.memory.kind(table) else 0 for i in range(4)]
+        for pdpte in pdptes:
+            if pdpte & P and (pdpte >> self.maxphyaddr or pdpte & 0x1C6):  # bits 8:6 and 2:1; 5 is set by QEMU, after the load
+                raise GeneralProtection(f"PDPTE {pdpte:#x}")
+        return pdptes
 
     def reserved(self, level: int, entry: int) -> bool:
-        """Whether the entry sets a bit that is reserved in its kind (SDM volume 3, figure 4-11 and section 4.5)."""
-        if entry & self.beyond_maxphyaddr:
+        """Whether the entry sets a bit that is reserved in its kind (SDM volume 3, figures 4-4, 4-7, 4-11; section 4.5)."""
+        if not self.pae:
+            return level == 2 and self.pse and bool(entry & PS) and bool(entry & 0x3E0000)  # bits 21:17
+        highest = 51 if self.long else 62
+        if entry & (1 << (highest + 1)) - 1 & ~((1 << self.maxphyaddr) - 1):
             return True
         if entry & NX and not self.nx:
             return True
@@ -73,14 +117,23 @@ class Walker:
         if access & PFERR_U:
             if not user_page:
                 return True
-            if access & PFERR_F:
-                return self.nx and not executable
+            if access & PFERR_F and self.nx and not executable:
+                return True
             return bool(access & PFERR_W) and not writable
+        if access & PFERR_W and not writable and self.write_protect:
+            return True
         if access & PFERR_F:
             return (self.smep and user_page) or (self.nx and not executable)
-        if user_page and self.smap and (access & PFERR_IMPLICIT or not self.alignment_check):
+        return user_page and self.smap and bool(access & PFERR_IMPLICIT or not self.alignment_check)
+
+    def key_denied(self, user_page: bool, key: int, access: int) -> bool:
+        """Protection keys, SDM volume 3, section 4.6.2: PKRU for user pages, IA32_PKRS for supervisor pages, data accesses only."""
+        if access & PFERR_F:
+            return False
+        register = self.user_keys if user_page else self.supervisor_keys
+        if register >> 2 * key & 1:
             return True
-        return bool(access & PFERR_W) and not writable and self.write_protect
+        return bool(register >> 2 * key & 2) and bool(access & PFERR_W) and (bool(access & PFERR_U) or self.write_protect)
 
     def fault(self, level: int, code: int, access: int) -> Translation:
         """A page fault: `code` plus the bits that describe the access (SDM volume 3, section 4.7)."""
@@ -89,16 +142,24 @@ class Walker:
         return Translation(False, level=level, pferr=code | access & (PFERR_W | PFERR_U | PFERR_F))
 
     def walk(self, cr3: int, gva: int, access: int, *, update: bool = True) -> Translation:
-        """Translate; with `update`, set accessed and dirty bits as the processor does."""
-        table, level = cr3 & ADDR, self.levels
+        """Translate an address of this mode; with `update`, set accessed and dirty bits as the processor does."""
+        if not self.paging:
+            return Translation(True, gva, 0, ACC_X | ACC_W | ACC_U)
+        memory, level = self.memory, self.levels
+        size, index_bits = (8, 9) if self.pae else (4, 10)
+        table = cr3 & (ADDR if self.pae else int(GPTE32.ADDR))
+        if self.pae and not self.long:
+            pdpte = self.load_pdptes(cr3)[gva >> 30]
+            if not pdpte & P:
+                return self.fault(3, 0, access)
+            table = pdpte & ADDR
         used: list[tuple[int, int]] = []
-        words = self.memory.words
         user_page = writable = executable = True
         while True:
-            if self.memory.kind(table) is None:
+            if memory.kind(table) is None:
                 return self.fault(level, 0, access)
-            gpa = table + 8 * (gva >> (12 + 9 * (level - 1)) & 511)
-            entry = words.get(gpa, 0)
+            gpa = table + size * (gva >> (12 + index_bits * (level - 1)) & (1 << index_bits) - 1)
+            entry = memory.read(gpa, size)
             if not entry & P:
                 return self.fault(level, 0, access)
             if self.reserved(level, entry):
@@ -107,21 +168,28 @@ class Walker:
             user_page = user_page and bool(entry & U)
             writable = writable and bool(entry & W)
             executable = executable and not entry & NX
-            if level == 1 or entry & PS:
+            large = level > 1 and bool(entry & PS) and (self.pae or self.pse)
+            if level == 1 or large:
                 break
             table, level = entry & ADDR, level - 1
 
-        if self.denied(user_page, writable, executable, access):
+        denied = self.denied(user_page, writable, executable, access)
+        if self.long and self.key_denied(user_page, entry >> 59 & 15, access):
+            return self.fault(level, PFERR_P | PFERR_PK, access)
+        if denied:
             return self.fault(level, PFERR_P, access)
         if update:
-            for depth, (gpa, entry) in enumerate(used, 1):
+            for depth, (gpa, _) in enumerate(used, 1):
                 is_leaf = depth == len(used)
-                new = entry | A | (D if is_leaf and access & PFERR_W else 0)
-                if new != entry and self.memory.kind(gpa) == "ram":
-                    words[gpa] = new
+                old = memory.read(gpa, size)
+                new = old | A | (D if is_leaf and access & PFERR_W else 0)
+                if new != old and memory.kind(gpa) == "ram":
+                    memory.write(gpa, size, new)
         if not access & PFERR_W and not entry & D:
             writable = False  # a clean page: the first write must walk to set D (facts 1.1, W16)
-        offset = gva & ((1 << (12 + 9 * (level - 1))) - 1)
-        frame = entry & ADDR & ~((1 << (12 + 9 * (level - 1))) - 1)
+        offset_mask = (1 << (12 + index_bits * (level - 1))) - 1
+        frame = entry & ADDR & ~offset_mask
+        if large and size == 4:
+            frame |= (entry >> 13 & 15) << 32  # PSE-36
         rights = (ACC_U if user_page else 0) | (ACC_W if writable else 0) | (ACC_X if executable else 0)
-        return Translation(True, frame | offset, level, rights)
+        return Translation(True, frame | gva & offset_mask, level, rights)

@@ -1,5 +1,7 @@
-"""Readers of recorded streams."""
+"""Readers of recorded streams and snapshots."""
 
-from fastmmu.trace.replay_file import TraceError, load_replay
+from fastmmu.trace.npz import TraceError
+from fastmmu.trace.replay_file import load_replay
+from fastmmu.trace.snapshot import Snapshot, load_snapshot
 
-__all__ = ["TraceError", "load_replay"]
+__all__ = ["Snapshot", "TraceError", "load_replay", "load_snapshot"]

@@ -6,13 +6,8 @@ Everything in a file is checked before a kernel sees it, because compiled code c
 
 from __future__ import annotations
 
-import json
-import struct
-import tokenize
-import zipfile
-import zlib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +15,7 @@ from fastmmu.bits import CR0, CR4, EFER, GPTE64, PAGE_SHIFT, PFERR, PHYSICAL_BIT
 from fastmmu.events import EVENT, Op
 from fastmmu.memory import Slot, check_slots
 from fastmmu.paging import Cpu
+from fastmmu.trace.npz import MAXPHYADDR, Reader, within
 from fastmmu.vm import Workload
 
 RECORD_COLUMNS = {"gva": "u8", "gpa": "u8", "kind": "u1", "io": "u1", "count": "u4", "level": "u1", "prot": "u1", "size": "u1"}
@@ -32,131 +28,11 @@ PROT_USER = 1
 EVENT_CR3, EVENT_INVLPG, EVENT_INVPCID = 1, 2, 3
 FLAG_STORE, FLAG_LINKED, FLAG_RELEASED = range(3)
 
-# The stream records neither control registers nor MAXPHYADDR. These are the recording processor's: an emulated one with 40
-# address bits and 1 GiB pages, whose SMAP and the like are left out because privilege is not recorded either.
-MAXPHYADDR = 40
 ACCESS_OF_KIND = np.array([0, PFERR.W, PFERR.F], np.uint8)
 KIND_NAMES = ("read", "write", "fetch")
 
 
-# What the zip and array readers raise for damaged input, besides what they document.
-READ_ERRORS = (
-    zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError, MemoryError, RuntimeError,
-    SyntaxError, TypeError, OverflowError, RecursionError, AttributeError, struct.error, tokenize.TokenError,
-)  # fmt: skip
-
-
-class TraceError(ValueError):
-    """A file that cannot be replayed; the message is one line: file, column, record, what was expected."""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its name."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-class _Reader:
-    """One file being read: columns by name, and the one way to complain."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._columns: dict[str, np.ndarray] = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-            with np.load(path, allow_pickle=False) as columns:
-                for name in names:
-                    self._columns[name] = self._read(columns, name)
-        except IsADirectoryError:
-            self.fail("is a directory; expected a replay file")
-        except FileNotFoundError:
-            self.fail("No such file; expected a replay file")
-        except PermissionError:
-            self.fail("cannot be read: permission denied")
-        except TraceError:
-            raise
-        except READ_ERRORS as error:
-            self.fail(f"not an .npz file, or a damaged one ({first_line(error)}); expected a replay file")
-
-    def _read(self, columns: Any, name: str) -> np.ndarray:
-        try:
-            return columns[name]
-        except READ_ERRORS as error:
-            self.fail(f"column {name}: cannot be read ({first_line(error)}); expected an array without pickles")
-
-    def fail(self, message: str) -> NoReturn:
-        raise TraceError(f"{self.path}: {message}")
-
-    def fail_at(self, column: str, bad: np.ndarray, values: np.ndarray, expected: str) -> None:
-        """Complain about the first True of `bad`, if there is one."""
-        where = np.flatnonzero(bad)
-        if len(where):
-            row = int(where[0])
-            value = int(values[row])
-            shown = f"{value:#x}" if values.dtype == np.uint64 else f"{value}"
-            self.fail(f"column {column}, record {row}: {shown}, expected {expected}")
-
-    def array(self, name: str) -> np.ndarray:
-        if name not in self._columns:
-            self.fail(f"column {name} is missing; expected a replay file with page tables and their changes")
-        return self._columns[name]
-
-    def group(self, dtypes: dict[str, str]) -> dict[str, np.ndarray]:
-        """Columns of one length, each one-dimensional and of its dtype."""
-        group: dict[str, np.ndarray] = {}
-        length, first = None, ""
-        for name, dtype in dtypes.items():
-            column = self.array(name)
-            if column.dtype != np.dtype(dtype):
-                self.fail(f"column {name}: dtype {column.dtype}, expected {np.dtype(dtype)}")
-            if column.ndim != 1:
-                self.fail(f"column {name}: shape {column.shape}, expected one dimension")
-            if length is None:
-                length, first = len(column), name
-            if len(column) != length:
-                self.fail(f"column {name}: length {len(column)}, expected {length} as in column {first}")
-            group[name] = column
-        return group
-
-    def meta(self) -> dict[str, Any]:
-        """The description: JSON text in a zero-dimensional array."""
-        column = self.array("meta")
-        if column.dtype.kind != "U" or column.ndim != 0:
-            self.fail(f"column meta: dtype {column.dtype}, shape {column.shape}, expected one JSON text")
-        try:
-            meta = json.loads(str(column))
-        except (ValueError, RecursionError) as error:
-            self.fail(f"column meta: not JSON ({error})")
-        if not isinstance(meta, dict):
-            self.fail("column meta: expected a JSON object")
-        return meta
-
-    def meta_int(self, meta: dict[str, Any], key: str) -> int:
-        value = meta.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
-            self.fail(f"column meta: {key} is {value!r}, expected an unsigned 64-bit integer")
-        return value
-
-    def meta_ranges(self, meta: dict[str, Any], key: str) -> list[tuple[int, int, str]]:
-        rows = meta.get(key)
-        if not isinstance(rows, list):
-            self.fail(f"column meta: {key} is {type(rows).__name__}, expected a list of [start, end, text]")
-        for row in rows:
-            good = isinstance(row, list) and len(row) == 3 and isinstance(row[2], str)
-            if not good or not all(type(n) is int for n in row[:2]) or not 0 <= row[0] < row[1] <= PHYSICAL_LIMIT:
-                self.fail(f"column meta: {key} holds {row!r}, expected [start, end, text] with start < end")
-        return [tuple(row) for row in rows]
-
-
-def within(addresses: np.ndarray, ranges: list[tuple[int, int, str]]) -> np.ndarray:
-    """Which byte addresses (uint64) lie in one of the ranges."""
-    inside = np.zeros(len(addresses), bool)
-    for start, end, _ in ranges:
-        inside |= (addresses >= np.uint64(start)) & (addresses < np.uint64(end))
-    return inside
-
-
-def _check_tables(reader: _Reader, gfns: np.ndarray, levels: np.ndarray, words: np.ndarray, machine: _Machine) -> None:
+def _check_tables(reader: Reader, gfns: np.ndarray, levels: np.ndarray, words: np.ndarray, machine: _Machine) -> None:
     """Start tables lie in RAM, once each, and their pointers to lower tables lead into RAM."""
     if words.dtype != np.uint64 or words.shape != (len(gfns), WORDS_PER_PAGE):
         reader.fail(f"column start_words: {words.dtype} of shape {words.shape}, expected uint64 of ({len(gfns)}, {WORDS_PER_PAGE})")
@@ -184,7 +60,7 @@ def _check_tables(reader: _Reader, gfns: np.ndarray, levels: np.ndarray, words: 
 class _Machine:
     """Address ranges and paging depth of the recorded machine, from `meta`."""
 
-    def __init__(self, reader: _Reader, meta: dict[str, Any]) -> None:
+    def __init__(self, reader: Reader, meta: dict[str, Any]) -> None:
         self.devices = reader.meta_ranges(meta, "mmio_ranges")
         memory = reader.meta_ranges(meta, "memslots")
         try:
@@ -219,7 +95,7 @@ def load_replay(path: str | Path, records: int | None = None) -> Workload:
     Raises:
         TraceError: one line naming the file, the column, the record and what was expected.
     """
-    reader = _Reader(Path(path))
+    reader = Reader(Path(path))
     meta = reader.meta()
     machine = _Machine(reader, meta)
     record, store, event = (reader.group(group) for group in (RECORD_COLUMNS, STORE_COLUMNS, EVENT_COLUMNS))
@@ -259,7 +135,7 @@ def load_replay(path: str | Path, records: int | None = None) -> Workload:
     )
 
 
-def _check_records(reader: _Reader, record: dict[str, np.ndarray], machine: _Machine) -> None:
+def _check_records(reader: Reader, record: dict[str, np.ndarray], machine: _Machine) -> None:
     gva, gpa, io = record["gva"], record["gpa"], record["io"]
     reader.fail_at("kind", record["kind"] > FETCH, record["kind"], "0 read, 1 write or 2 fetch")
     reader.fail_at("io", io > 1, io, "0 or 1")
@@ -274,7 +150,7 @@ def _check_records(reader: _Reader, record: dict[str, np.ndarray], machine: _Mac
     reader.fail_at("gpa", (io == 0) & ~in_memory, gpa, "an address in a memslot, because io is 0")
 
 
-def _check_stores(reader: _Reader, store: dict[str, np.ndarray], machine: _Machine, records: int) -> None:
+def _check_stores(reader: Reader, store: dict[str, np.ndarray], machine: _Machine, records: int) -> None:
     gpa = store["pt_gpa"]
     reader.fail_at("pt_record", store["pt_record"] > records, store["pt_record"], f"at most {records}, the number of records")
     _check_ascending(reader, "pt_record", store["pt_record"])
@@ -283,7 +159,7 @@ def _check_stores(reader: _Reader, store: dict[str, np.ndarray], machine: _Machi
     reader.fail_at("pt_gpa", ~within(gpa, machine.ram), gpa, "an address in RAM")
 
 
-def _check_events(reader: _Reader, event: dict[str, np.ndarray], machine: _Machine, records: int) -> None:
+def _check_events(reader: Reader, event: dict[str, np.ndarray], machine: _Machine, records: int) -> None:
     kind, cr3 = event["event_type"], event["event_cr3"]
     before = event["event_record"]
     reader.fail_at("event_record", before > records, before, f"at most {records}, the number of records")
@@ -293,7 +169,7 @@ def _check_events(reader: _Reader, event: dict[str, np.ndarray], machine: _Machi
     reader.fail_at("event_cr3", outside, cr3, "a table in RAM, but it lies outside memory")
 
 
-def _check_ascending(reader: _Reader, name: str, column: np.ndarray) -> None:
+def _check_ascending(reader: Reader, name: str, column: np.ndarray) -> None:
     falling = np.zeros(len(column), bool)
     falling[1:] = column[1:] < column[:-1]
     reader.fail_at(name, falling, column, "ascending record numbers")

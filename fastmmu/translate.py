@@ -1,0 +1,175 @@
+"""Translation of guest addresses for people who hold a memory image: `translate` and `translate_many`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmmu.batch import BLOCK, LANES, translate_all
+from fastmmu.bits import GPTE64, PFERR
+from fastmmu.memory import GuestMemory
+from fastmmu.paging import Cpu, Mode, pdpte_reserved, permission_bytes, plain_checks, reserved_masks
+from fastmmu.state import TRAIL_LENGTH, MmuState, Reg, Scratch
+from fastmmu.vm import load_registers
+
+WRITE, USER, FETCH, IMPLICIT = (int(mask) for mask in (PFERR.W, PFERR.U, PFERR.F, PFERR.IMPLICIT))
+ACCESS_BITS = WRITE | USER | FETCH | IMPLICIT
+
+
+class GeneralProtection(ValueError):
+    """CR3 cannot be loaded: a present PDPTE of PAE paging sets reserved bits, and the processor answers with #GP."""
+
+
+class Translation(NamedTuple):
+    """One translation.
+
+    `ok` is separate from `pferr`, because error code 0 is a real fault. `gpa` is 0 on a fault. `level` is that of the mapping
+    (1 4 KiB, 2 2 or 4 MiB, 3 1 GiB) or of the entry that failed; 0 where no entry was read: paging is off, or the address is none
+    of this mode (not canonical, or wider than 32 bits outside long mode), for which a processor raises #GP and no page fault.
+    `access` holds ACC_X 1, ACC_W 2, ACC_U 4; a read of a clean page reports no write access.
+    """
+
+    ok: bool
+    gpa: int
+    level: int
+    access: int
+    pferr: int
+
+
+class Translations(NamedTuple):
+    """Many translations: arrays of one length, of bool, uint64, uint8, uint8, uint32; fields as in `Translation`."""
+
+    ok: np.ndarray
+    gpa: np.ndarray
+    level: np.ndarray
+    access: np.ndarray
+    pferr: np.ndarray
+
+
+@lru_cache(maxsize=64)
+def _tables_of(cpu: Cpu) -> MmuState:
+    reg = np.zeros(len(Reg), np.uint64)
+    load_registers(reg, cpu)
+    return MmuState(reg, reserved_masks(cpu), permission_bytes(cpu), plain_checks(cpu))
+
+
+def load_pdptes(ram: GuestMemory, cpu: Cpu) -> list[int]:
+    """The four PDPTEs that a load of CR3 reads under PAE paging, 0 where CR3 points outside memory (facts 1.7).
+
+    Raises:
+        GeneralProtection: a present one sets reserved bits.
+    """
+    table = cpu.cr3 & 0xFFFF_FFE0
+    in_memory = any(start <= table < end for start, end, kind in ram.slots if kind != "device")
+    pdptes = ram.words[table >> 3 : (table >> 3) + 4].tolist() if in_memory else [0, 0, 0, 0]
+    for number, pdpte in enumerate(pdptes):
+        bad = pdpte & pdpte_reserved(cpu)
+        if pdpte & int(GPTE64.P) and bad:
+            raise GeneralProtection(f"CR3 {cpu.cr3:#x} cannot be loaded: PDPTE {number}, {pdpte:#x}, sets reserved bits {bad:#x}")
+    return pdptes
+
+
+def mmu_of(ram: GuestMemory, cpu: Cpu) -> MmuState:
+    """Processor state after a load of `cpu`'s registers.
+
+    Raises:
+        ValueError: not a GuestMemory and a Cpu; GeneralProtection as `load_pdptes`.
+    """
+    if not isinstance(ram, GuestMemory) or not isinstance(cpu, Cpu):
+        raise ValueError(f"expected a GuestMemory and a Cpu, not {type(ram).__name__} and {type(cpu).__name__}")
+    mmu = _tables_of(cpu)
+    if cpu.mode == Mode.PAE:
+        reg = mmu.reg.copy()
+        reg[Reg.PDPTE0 : Reg.PDPTE3 + 1] = load_pdptes(ram, cpu)
+        mmu = mmu._replace(reg=reg)
+    return mmu
+
+
+def checked_gva(gva: object) -> int:
+    """An address as an int.
+
+    Raises:
+        ValueError: not an integer from 0 to 2^64 - 1.
+    """
+    if not isinstance(gva, (int, np.integer)) or isinstance(gva, (bool, np.bool_)) or not 0 <= gva < 1 << 64:
+        raise ValueError(f"gva: {gva!r}, expected an int from 0 to 2^64 - 1")
+    return int(gva)
+
+
+def checked_access(access: object) -> int:
+    """An access as an int.
+
+    Raises:
+        ValueError: bits other than WRITE, USER, FETCH, IMPLICIT.
+    """
+    good = isinstance(access, (int, np.integer)) and not isinstance(access, (bool, np.bool_))
+    if not good or access < 0 or int(access) & ~ACCESS_BITS:
+        raise ValueError(f"access: {access!r}, expected 0 or WRITE, USER, FETCH, IMPLICIT or-ed")
+    return int(access)
+
+
+def _column(values: object, check: Callable[[object], int], name: str) -> np.ndarray:
+    """One-dimensional contiguous uint64; whatever is not an array of integers is checked element by element."""
+    kind = values.dtype.kind if isinstance(values, np.ndarray) else ""
+    if kind != "u" and not (kind == "i" and np.all(values >= 0)):  # type: ignore[operator]
+        try:
+            values = np.array([check(value) for value in values], np.uint64)  # type: ignore[attr-defined]
+        except TypeError:
+            raise ValueError(f"{name}: {type(values).__name__}, expected a one-dimensional sequence of ints") from None
+    if values.ndim != 1:
+        raise ValueError(f"{name}: shape {values.shape}, expected one dimension")
+    return np.ascontiguousarray(values, np.uint64)
+
+
+def _accesses(access: object, length: int) -> np.ndarray:
+    """uint64 of length 1 (for all) or `length`."""
+    if isinstance(access, (int, np.integer)) or np.ndim(access) == 0:  # type: ignore[arg-type]
+        return np.array([checked_access(access)], np.uint64)
+    column = _column(access, checked_access, "access")
+    if len(column) != length:
+        raise ValueError(f"access: length {len(column)}, expected {length} as of gvas")
+    if length:
+        checked_access(np.bitwise_or.reduce(column))
+    return column
+
+
+def translate_many(ram: GuestMemory, cpu: Cpu, gvas: object, access: object = 0) -> Translations:
+    """Translate many guest virtual addresses; accessed and dirty bits are set in `ram.words` as the processor sets them.
+
+    Args:
+        ram: guest memory.
+        cpu: registers; under PAE paging the PDPTEs are loaded once, at the start.
+        gvas: one-dimensional array or sequence of unsigned integers.
+        access: WRITE, USER, FETCH, IMPLICIT or-ed (0: a supervisor read), one for all or one for each.
+
+    Releases the GIL; several threads may translate on the same memory.
+
+    Raises:
+        ValueError: bad arguments. GeneralProtection, a ValueError: CR3 cannot be loaded.
+    """
+    mmu = mmu_of(ram, cpu)
+    column = _column(gvas, checked_gva, "gvas")
+    accesses = _accesses(access, len(column))
+    length = len(column)
+    answers = Translations(
+        np.empty(length, np.bool_),
+        np.empty(length, np.uint64),
+        np.empty(length, np.uint8),
+        np.empty(length, np.uint8),
+        np.empty(length, np.uint32),
+    )
+    scratch = Scratch(np.zeros(TRAIL_LENGTH, np.uint64), np.zeros(LANES * BLOCK, np.uint64))
+    translate_all(ram.state, mmu, scratch, column, accesses, answers)
+    return answers
+
+
+def translate(ram: GuestMemory, cpu: Cpu, gva: int, access: int = 0) -> Translation:
+    """Translate one guest virtual address; arguments and errors as `translate_many`.
+
+    A call costs some microseconds: for more than a few addresses use `translate_many`.
+    """
+    many = translate_many(ram, cpu, np.array([checked_gva(gva)], np.uint64), checked_access(access))
+    return Translation(*(column[0].item() for column in many))
