@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS, QUICK_ROUNDS, RIGOROUS_ROUNDS = 7, 3, 25
 QUICK_RECORDS = 75_000  # the Linux boot of the repository touches its first device at record 53,191
+COMMITTED_NAME = re.compile(r"\d{4}-\d{2}-\d{2}-")  # of a results folder that SUMMARY.md and README.md are made from
 USAGE_ERROR, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 2, 1, 2, 130
 
 
@@ -30,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def matches(name: str, pattern: str | None) -> bool:
     """Whether a cell's name is asked for."""
-    return pattern is None or pattern in name or fnmatch.fnmatch(name, pattern)
+    return pattern is None or pattern in name or fnmatch.fnmatch(name, pattern) or pattern.startswith(f"{name}/")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def run(options: Options) -> int:
     from rich.console import Console
 
     from bench.cells import REPLAY, REPLAY_STRATEGIES, Cell
+    from bench.results import probe_folder
     from bench.suite import Suite
     from bench.workloads import SMALL_WORKLOADS, trace_workload
     from fastmmu.strategy import MMIO_CACHE
@@ -81,12 +84,14 @@ def run(options: Options) -> int:
             print(cell.name)
         return 0
     console = Console(width=None if sys.stdout.isatty() else 140)
+    probe_folder(options.output)
     suite = Suite(options.trace, options.records, workload, workloads, chosen, console)
     suite.check()
     suite.measure(options.rounds)
     suite.write(options.output)
     suite.show(options.output)
-    if options.output.resolve().parent == ROOT / "results" and options.output.name != "local":
+    folder = options.output.resolve()
+    if folder.parent == ROOT / "results" and COMMITTED_NAME.match(folder.name) and options.records is None:
         from bench.report import regenerate
 
         regenerate(ROOT)
@@ -94,25 +99,34 @@ def run(options: Options) -> int:
     return 0
 
 
+def stop(signum: int, frame: object) -> None:
+    """Turn a signal into an exit, so that `finally` clauses stop workers and remove temporary files."""
+    sys.exit(128 + signum)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: errors become one line and an exit status."""
-    options = options_of(parse(arguments))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` stops workers
-    from bench.cells import CheckError
-    from bench.results import ResultError
-    from bench.rounds import WorkerError
-    from fastmmu import ReplayError, TraceError
-
     try:
-        return run(options)
-    except ReplayError as error:
-        message, status = f"{options.trace}: {error}", BAD_INPUT
-    except (TraceError, ResultError, MemoryError) as error:
-        message, status = str(error), BAD_INPUT
-    except (CheckError, WorkerError) as error:
-        message, status = str(error), CHECK_FAILED
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, stop)
+        args = parse(arguments)
+        from bench.cells import CheckError
+        from bench.results import ResultError
+        from bench.rounds import WorkerError
+        from fastmmu import ReplayError, TraceError
+
+        try:
+            return run(options_of(args))
+        except ReplayError as error:
+            message, status = f"{options_of(args).trace}: {error}", BAD_INPUT
+        except (TraceError, ResultError, MemoryError) as error:
+            message, status = str(error), BAD_INPUT
+        except (CheckError, WorkerError) as error:
+            message, status = str(error), CHECK_FAILED
+        except OSError as error:
+            message, status = f"{error.filename or 'output'}: {error.strerror or error}", BAD_INPUT
     except KeyboardInterrupt:
-        message, status = "interrupted; no result written", INTERRUPTED
+        message, status = "interrupted", INTERRUPTED
     print(f"error: {message}", file=sys.stderr)
     return status
 

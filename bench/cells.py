@@ -22,6 +22,7 @@ from fastmmu.walk import ALL_ONES, look_addresses, walk_addresses
 
 REPLAY = "replay"
 REPLAY_STRATEGIES = ("walk", "replay")
+WORD = (1 << 64) - 1
 
 
 class CheckError(Exception):
@@ -43,12 +44,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Timed:
-    """Work to be timed: `once()` runs it, `reset()` prepares it, `digest()` tells what it computed, `accesses` how many."""
+    """Work to be timed: `once()` runs it, `reset()` prepares it, `digest()` tells what it computed, `accesses` how many.
+
+    `expected` is the digest that it must come to; None where that is the checked run's.
+    """
 
     once: Callable[[], object]
     reset: Callable[[], object]
     digest: Callable[[], int]
     accesses: int
+    expected: int | None = None
 
     def run(self, loops: int) -> float:
         """Seconds that `loops` runs take, preparation left out."""
@@ -138,7 +143,10 @@ def timed_replay(workload: Workload, strategy: str) -> Timed:
         load_registers(state.mmu.reg, workload.cpu)
         state.mmu.reg[Reg.CR3] = workload.cpu.cr3
 
-    return Timed(walk if strategy == "walk" else replay, reset, lambda: digest[0], len(records))
+    expected = 0
+    for gpa in records["value"].tolist():
+        expected = (expected << 5 & WORD | expected >> 59) ^ gpa
+    return Timed(walk if strategy == "walk" else replay, reset, lambda: digest[0], len(records), expected)
 
 
 def timed(workload: Workload, cell: Cell) -> Timed:

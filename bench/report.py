@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def mmio_tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
         tables.append(Table(f"mmio-cache on {workload}", head, rows, note))
     if small:
         head = ("workload / strategy", "hit rate", "walks per access", "wrong", "stale-legal", "granted to user", "denied hits")
-        tables.append(Table("mmio-cache on small workloads (counts)", head, small))
+        tables.append(Table("mmio-cache: counts of workloads that are not timed", head, small))
     return tables
 
 
@@ -136,8 +137,8 @@ def replay_tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return tables
 
 
-def tables_of(folder: Path) -> list[Table]:
-    """All tables of one results folder.
+def tables_of(folder: Path, experiments: Collection[str] | None = None) -> list[Table]:
+    """Tables of one results folder, of all experiments or of some.
 
     Raises:
         ResultError: a file in it is not a pyperf suite.
@@ -145,7 +146,7 @@ def tables_of(folder: Path) -> list[Table]:
     tables: list[Table] = []
     for experiment, make in ((MMIO_CACHE.name, mmio_tables), (REPLAY, replay_tables)):
         path = folder / f"{experiment}.json"
-        if path.exists():
+        if path.exists() and (experiments is None or experiment in experiments):
             tables += make(load_suite(path))
     return tables
 

@@ -54,6 +54,19 @@ def per_million(part: int, whole: int) -> int:
     return -(-part * 1_000_000 // whole) if whole else 0
 
 
+def probe_folder(folder: Path) -> None:
+    """Find out before an hour of work whether results can be written.
+
+    Raises:
+        ResultError: they cannot.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ResultError(f"{folder}: results cannot be written: {existing} is no folder, or not ours to write in")
+
+
 def write_suites(folder: Path, suites: dict[str, list[pyperf.Benchmark]]) -> list[Path]:
     """Write `<experiment>.json` files: each beside its place first, then renamed, so that no half file is ever seen.
 

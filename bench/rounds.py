@@ -6,10 +6,12 @@ A ratio is formed within a round, its interval over rounds. Workers are pyperf's
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,40 @@ def calibrate(cell: Cell, work: Timed) -> Plan:
     return Plan(cell, max(1, math.ceil(VALUE_SECONDS / seconds)), digest)
 
 
+def worker_command(cell: Cell, trace: Path, records: int | None) -> list[str]:
+    """Command line of a worker for `cell`, without the options of the measurement."""
+    command = [sys.executable, "-m", "bench", "--worker", "--quiet", "--parent", str(os.getpid())]
+    command += ["--cell", cell.name, "--trace", str(trace)]
+    return command if records is None else [*command, "--records", str(records)]
+
+
+@contextmanager
+def child(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A child process that does not outlive the block, whatever ends it."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def compiling(cells: list[Cell], trace: Path, records: int | None) -> Iterator[None]:
+    """Compile what the timed cells need into the cache, on the second core, while the block runs; waits for it at the end.
+
+    Where nothing can be cached, or a cell fails, nothing is lost: the cell compiles, or fails, again when it is its turn.
+    """
+    if not cells:
+        yield
+        return
+    names = ",".join(cell.name for cell in cells)
+    with child([*worker_command(cells[0], trace, records), "--compile-only", names]) as process:
+        yield
+        process.communicate(timeout=WORKER_TIMEOUT)
+
+
 def run_worker(plan: Plan, trace: Path, records: int | None, folder: Path) -> pyperf.Run:
     """One worker process for one cell; it is killed if this process is interrupted.
 
@@ -53,21 +89,15 @@ def run_worker(plan: Plan, trace: Path, records: int | None, folder: Path) -> py
     output = folder / "run.json"
     output.unlink(missing_ok=True)
     command = [
-        sys.executable, "-m", "bench", "--worker", "--quiet",
-        "--cell", plan.cell.name, "--trace", str(trace), "--digest", str(plan.digest),
-        "--loops", str(plan.loops), "--values", str(VALUES), "--warmups", str(WARMUPS), "--output", str(output),
+        *worker_command(plan.cell, trace, records),
+        "--digest", str(plan.digest), "--output", str(output),
+        "--loops", str(plan.loops), "--values", str(VALUES), "--warmups", str(WARMUPS),
     ]  # fmt: skip
-    if records is not None:
-        command += ["--records", str(records)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with child(command) as process:
         try:
             printed, errors = process.communicate(timeout=WORKER_TIMEOUT)
         except subprocess.TimeoutExpired:
             raise WorkerError(f"{plan.cell.name}: a worker did not end within {WORKER_TIMEOUT} s") from None
-        finally:
-            if process.poll() is None:  # interrupted, or too slow: no worker outlives this process
-                process.kill()
-                process.wait()
     if process.returncode:
         lines = (errors or printed).strip().splitlines() or [f"exit status {process.returncode}"]
         raise WorkerError(f"{plan.cell.name}: worker failed: {lines[-1]}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +13,15 @@ import pyperf
 from bench.cells import Cell, timed
 from bench.workloads import trace_workload
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def die_with(parent: int) -> None:
+    """Ask Linux to kill this process when its parent ends, however that ends; stop at once if it has ended already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the benchmark has gone")
+
 
 def main() -> None:
     """Time the cell that the command line names; the digest of its result must be the one given."""
@@ -17,8 +29,18 @@ def main() -> None:
     runner.argparser.add_argument("--cell", required=True)
     runner.argparser.add_argument("--trace", required=True, type=Path)
     runner.argparser.add_argument("--records", type=int)
-    runner.argparser.add_argument("--digest", required=True, type=int)
+    runner.argparser.add_argument("--digest", type=int)
+    runner.argparser.add_argument("--parent", required=True, type=int)
+    runner.argparser.add_argument("--compile-only", metavar="CELLS")
+    if any(argument == "--compile-only" for argument in sys.argv):
+        args = runner.argparser.parse_args()
+        die_with(args.parent)
+        workload = trace_workload(args.trace, args.records)
+        for name in args.compile_only.split(","):
+            timed(workload, Cell(*name.split("/"))).run(1)
+        return
     args = runner.parse_args()
+    die_with(args.parent)
     cell = Cell(*args.cell.split("/"))
     work = timed(trace_workload(args.trace, args.records), cell)
     runner.bench_time_func(f"{cell.name}/time", work.run, inner_loops=work.accesses)

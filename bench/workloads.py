@@ -15,6 +15,7 @@ from fastmmu.vm import Workload
 
 BUNDLED_TRACE = Path(__file__).parent / "traces" / "excerpt-replay-linux-boot-long.npz"
 
+LONGEST_NAME = 60
 RAM = 16 << 20
 DEVICE_A, DEVICE_B = 0xFE00_0000, 0xFE10_0000
 GVA = 0xFFFF_8000_0020_0000  # where the small workloads map their device
@@ -131,8 +132,11 @@ def trace_workload(path: Path, records: int | None = None) -> Workload:
     """
     workload = load_replay(path, records)
     name = re.sub(r"^((excerpt|replay)-)+|-long$", "", workload.name)
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:LONGEST_NAME] or "trace"
+    if name in {make.__name__.replace("_", "-") for make in SMALL_WORKLOADS}:
+        name = f"trace-{name}"
     return Workload(
-        name=re.sub(r"[^A-Za-z0-9._+-]+", "-", name) or "trace",
+        name=name,
         cpu=workload.cpu,
         slots=workload.slots,
         tables=workload.tables,

@@ -35,6 +35,8 @@ def match(entry, cr3, generation, mmu, gva, access):
     if cr3 is not None:
         if cr3[0] != mmu.reg[Reg.CR3]:
             return Miss.OTHER_PAGE
+    if access & PFERR.F != ZERO:
+        return Miss.PERMISSION  # only loads and stores are emulated by way of the cache
     if denied(generation, mmu, entry[Mmio.ACCESS], access):
         return Miss.PERMISSION
     return Miss.HIT

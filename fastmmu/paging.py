@@ -1,7 +1,7 @@
 """Paging modes as the manual defines them, and the tables that follow from a definition and the registers.
 
-A `PagingMode` holds what distinguishes the modes in a walk; the walkers of `walk.py` close over it. `reserved_masks` and
-`permission_bytes` derive, once per register change, the tables that a walk looks up.
+A `PagingMode` holds what distinguishes the modes in a walk. `reserved_masks`, `permission_bytes` and `plain_checks` derive, once
+per register change, the tables that a walk looks up.
 """
 
 from __future__ import annotations

@@ -74,17 +74,25 @@ def check_walk(stat, event, walk):
 
 
 @kernel
+def after_walk(cache, stat, gva, walk):
+    """What the cache learns from a walk: injecting a permission fault invalidates its address (facts 1.9, 4.5)."""
+    if cache is None:
+        return
+    if not walk.ok and walk.pferr & (PFERR.P | PFERR.RSVD) == PFERR.P and covers(cache.entry, gva):
+        if clear(cache.entry, cache.generation):
+            count(stat, Stat.CLEARS)
+
+
+@kernel
 def after_device_walk(cache, vm, stat, legal, gva, walk):
-    """What the cache learns from a device access that walked: fill without memslot (facts 4.1), clear on a permission fault,
-    whose injection invalidates the address (facts 1.9)."""
+    """What the cache learns from a device access that walked: an address without memslot fills it (facts 4.1)."""
     count(stat, Stat.DEVICE_WALKS)
-    if walk.ok:
-        if find_slot(vm.mem.slots, walk.gpa) != NO_SLOT or cache is None:
-            return
+    no_slot = walk.ok and find_slot(vm.mem.slots, walk.gpa) == NO_SLOT
+    if cache is None:
+        return
+    if no_slot:
         if fill(cache.entry, cache.cr3, cache.generation, vm.mmu, gva, walk):
             on_flush(legal, vm, cache.entry)
-    elif walk.pferr & PFERR.P != ZERO and walk.pferr & PFERR.RSVD == ZERO:
-        invalidate(cache, vm, stat, legal, gva)
 
 
 @kernel
@@ -119,6 +127,7 @@ def store(cache, vm, stat, legal, gpa, value):
 @kernel
 def match_device(cache, vm, stat, gva, access):
     """Ask the MMIO info cache; counts the answer."""
+    count(stat, Stat.DEVICE_ACCESSES)
     if cache is None:
         return Miss.EMPTY
     reason = match(cache.entry, cache.cr3, cache.generation, vm.mmu, gva, access)
@@ -153,22 +162,19 @@ def replay(cache, vm, stat, legal, digest, events):
         event = events[i]
         op, address, value = event["op"], event["address"], event["value"]
         access = np.uint64(event["access"])
-        if op == OP_ACCESS:
-            walk = walk_gva(vm.mem, vm.mmu, vm.trail, address, access)
-            digest[Digest.ALL] = mix(digest[Digest.ALL], walk)
-            if check_walk(stat, event, walk):
-                return i
-        elif op == OP_DEVICE:
-            count(stat, Stat.DEVICE_ACCESSES)
-            if match_device(cache, vm, stat, address, access) == Miss.HIT:
+        if op <= OP_DEVICE:
+            if op == OP_DEVICE and match_device(cache, vm, stat, address, access) == Miss.HIT:
                 walk = device_gpa(cache, address)
                 differed = check_delivery(stat, legal, vm, event, walk.gpa, access)
             else:
                 walk = walk_gva(vm.mem, vm.mmu, vm.trail, address, access)
                 differed = check_walk(stat, event, walk)
-                after_device_walk(cache, vm, stat, legal, address, walk)
+                after_walk(cache, stat, address, walk)
+                if op == OP_DEVICE:
+                    after_device_walk(cache, vm, stat, legal, address, walk)
             digest[Digest.ALL] = mix(digest[Digest.ALL], walk)
-            digest[Digest.DEVICE] = mix(digest[Digest.DEVICE], walk)
+            if op == OP_DEVICE:
+                digest[Digest.DEVICE] = mix(digest[Digest.DEVICE], walk)
             if differed:
                 return i
         elif op == OP_STORE:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastmmu.bits import CR0, CR4, GPTE64, PAGE_SHIFT, PFERR, WORDS_PER_PAGE
-from fastmmu.events import Op
+from fastmmu.bits import CR0, CR4, GPTE64, PAGE_SHIFT, PAGE_SIZE, PFERR, WORDS_PER_PAGE
+from fastmmu.events import EVENT, Op
 from fastmmu.memory import GuestMemory, Slot
 from fastmmu.paging import Cpu, Mode, alignment_check, key_rights, permission_bytes, plain_checks, reserved_masks
 from fastmmu.replay import replay
@@ -62,8 +62,9 @@ class Vm:
         self.workload = workload
         self.memory = GuestMemory(max(end for _, end, kind in workload.slots if kind != "device"))
         self.memory.slots = workload.slots
+        check_workload(workload, self.memory)
         self._gfns = np.array(sorted(workload.tables), np.uint64)
-        self._start = np.array([workload.tables[int(gfn)] for gfn in self._gfns], np.uint64)
+        self._start = np.array([workload.tables[int(gfn)] for gfn in self._gfns], np.uint64).reshape(-1, WORDS_PER_PAGE)
         self._pages = self.memory.words.reshape(-1, WORDS_PER_PAGE)
         self.state = make_state(self.memory, workload.cpu)
         self.cache = strategy.make_cache()
@@ -115,9 +116,30 @@ class Vm:
         kind = "fetch" if access & int(PFERR.F) else "write" if access & int(PFERR.W) else "read"
         walk = explain_walk(self.memory, self.workload.cpu, int(self.state.mmu.reg[Reg.CR3]), gva, access)
         return (
-            f"record {int(event['record'])}: {kind} of gva {gva:#x} translates to {walk.answer}, "
+            f"column gpa, record {int(event['record'])}: {kind} of gva {gva:#x} translates to {walk.answer}, "
             f"expected gpa {int(event['value']):#x}; walk: {'; '.join(walk.steps)}"
         )
+
+
+def check_workload(workload: Workload, memory: GuestMemory) -> None:
+    """Refuse what compiled code would trust: it checks no bounds.
+
+    Raises:
+        ValueError: events of another dtype, a page table outside memory or of another shape, a store outside the tables named.
+    """
+    if workload.events.dtype != EVENT:
+        raise ValueError(f"workload {workload.name}: events of dtype {workload.events.dtype}, expected EVENT rows")
+    for gfn, words in workload.tables.items():
+        if not 0 <= gfn < memory.size // PAGE_SIZE or np.shape(words) != (WORDS_PER_PAGE,):
+            raise ValueError(
+                f"workload {workload.name}: table at gfn {gfn:#x}: expected {WORDS_PER_PAGE} words inside guest memory"
+            )
+    stores = workload.events[workload.events["op"] == Op.STORE]
+    known = np.isin(stores["address"] >> PAGE_SHIFT, np.array(list(workload.tables), np.uint64))
+    bad = np.flatnonzero(~known | (stores["address"] % np.uint64(8) != 0))
+    if len(bad):
+        address = int(stores["address"][bad[0]])
+        raise ValueError(f"workload {workload.name}: store to {address:#x}: expected a multiple of 8 in one of its page tables")
 
 
 def make_state(memory: GuestMemory, cpu: Cpu) -> VmState:

@@ -21,7 +21,7 @@ import numpy as np
 from fastmmu._jit import cmpxchg, kernel, load
 from fastmmu.bits import ACC, GPTE32, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
 from fastmmu.memory import find_slot
-from fastmmu.paging import LONG4, LONG5, PAE, TWO_LEVEL, Mode, PagingMode, PlainColumn
+from fastmmu.paging import LONG4, LONG5, PAE, TWO_LEVEL, Mode, PlainColumn
 from fastmmu.permission import fault_kind, key_fault, permission_fault
 from fastmmu.state import NO_SLOT, Plain, Reg, SlotKind, Walk
 
@@ -112,130 +112,124 @@ def update_accessed_dirty(mem, trail, mode, table, gva, leaf_level, write):
         level -= ONE
 
 
-def make_walker(mode: PagingMode):
-    """Walker of one paging mode; a closure over its constants, so that shifts and masks are immediates."""
-
-    @kernel
-    def walk(mem, mmu, trail, gva, access):
-        """Translate `gva` for `access` (PFERR bits) through the tables at CR3.
-
-        Args:
-            mem: MemoryState; every table address is looked up in its slots before it is read.
-            mmu: MmuState.
-            trail: uint64[6], scratch for the entries read; None for a walk that only looks: it leaves A and D alone.
-            gva: uint64, canonical.
-            access: uint64, PFERR.W, U, F, IMPLICIT.
-        """
-        root = mmu.reg[Reg.CR3] & mode.root
-        if mode.pae:
-            pdpte = mmu.reg[np.uint64(Reg.PDPTE0) + ((gva >> PDPTE_SHIFT) & PDPTE_INDEX)]
-            if pdpte & GPTE64.P == ZERO:
-                return fault(mmu, PDPTE_LEVEL, access, ZERO)
-            root = pdpte & mode.root
-        write = access & PFERR.W != ZERO
-        while True:  # again when an entry changed between reading it and setting its A or D (facts 1.1, W17)
-            table = root
-            level = mode.levels
-            rights = ALL_ONES
-            while True:
-                if find_slot(mem.slots, table) == NO_SLOT:
-                    return fault(mmu, level, access, ZERO)
-                gpte = read_entry(mem, mode, table, table_index(gva, level, mode.index_bits))
-                if gpte & GPTE64.P == ZERO:
-                    return fault(mmu, level, access, ZERO)
-                large = gpte & mmu.reg[Reg.LARGE]
-                if gpte & mmu.reserved[reserved_row(large, level)] != ZERO:
-                    return fault(mmu, level, access, PFERR.P | PFERR.RSVD)
-                rights &= gpte ^ GPTE64.NX
-                if trail is not None:
-                    trail[level] = gpte
-                if level == ONE or large != ZERO:
-                    break
-                table = gpte & mode.root
-                level -= ONE
-
-            page_access = access_of(rights)
-            denied = permission_fault(mmu, page_access, access)
-            if mode.keys and key_fault(mmu, gpte, page_access, access):
-                return fault(mmu, level, access, PFERR.P | PFERR.PK)
-            if denied:
-                return fault(mmu, level, access, PFERR.P)
-            dirty = gpte & GPTE64.D != ZERO
-            if not write and not dirty:
-                page_access &= ~ACC.W  # so that the first write walks, and sets D (W16)
-            if trail is not None and (rights & GPTE64.A == ZERO or (write and not dirty)):
-                if not update_accessed_dirty(mem, trail, mode, root, gva, level, write):
-                    continue
-            return Walk(True, page_gpa(mode, gpte, gva, level), level, page_access, ZERO)
-
-    return walk
-
-
 @kernel
-def plain_answer(mode, gpte, gva, level, rights, seen):
-    """Answer of a plain walk whose entries AND to `rights` and OR to `seen`."""
-    page_access = access_of((rights & ~GPTE64.NX) | (~seen & GPTE64.NX))
-    if gpte & GPTE64.D == ZERO:
-        page_access &= ~ACC.W
-    return Walk(True, page_gpa(mode, gpte, gva, level), level, page_access, ZERO)
-
-
-def make_plain_walker(mode: PagingMode):
-    """Walker for the plain case of an 8-byte mode: every table in the largest slot, nothing denied, A and D already set.
-
-    It is what nearly every walk comes to. One masked compare per entry stands for all checks: the fewer the instructions, the more
-    walks the processor overlaps (random walks over 512 MiB of tables: 41 ns, the exact walker alone 64 ns, a C loop 42 ns).
-    Whatever is not plain answers ok=False and is for the exact walker.
-    """
-
-    @kernel(inline=True)
-    def walk_plain(mem, mmu, plain, gva):
-        """As `walk`, for the access of `plain`; ok=False says only that the case is not plain."""
-        table = plain.root
-        level = mode.levels
-        rights, seen = ALL_ONES, ZERO
-        while True:
-            if np.uint64(np.int64(table) - mem.start) >= mem.size:  # below the start it wraps around: one compare for both ends
-                return Walk(False, ZERO, level, ZERO, ZERO)
-            gpte = load(mem.words, (table >> WORD_SHIFT) + table_index(gva, level, mode.index_bits))
-            rights &= gpte
-            seen |= gpte
-            if level == ONE:
-                if gpte & plain.leaf_mask != plain.leaf:
-                    return Walk(False, ZERO, level, ZERO, ZERO)
-                return plain_answer(mode, gpte, gva, ONE, rights, seen)
-            if gpte & plain.pointer_mask != plain.pointer:
-                reserved = mmu.reserved[reserved_row(GPTE64.PS, level)]
-                if gpte & GPTE64.PS == ZERO or gpte & reserved != ZERO or gpte & plain.leaf_mask != plain.leaf:
-                    return Walk(False, ZERO, level, ZERO, ZERO)
-                return plain_answer(mode, gpte, gva, level, rights, seen)
-            table = gpte & mode.root
-            level -= ONE
-
-    return walk_plain
-
-
-walk_two_level = make_walker(TWO_LEVEL)
-walk_pae = make_walker(PAE)
-walk_long4 = make_walker(LONG4)
-walk_long5 = make_walker(LONG5)
-walk_plain_long4 = make_plain_walker(LONG4)
-walk_plain_long5 = make_plain_walker(LONG5)
+def mode_of(mmu):
+    """The paging mode that the registers select; not for Mode.NONE."""
+    mode = mmu.reg[Reg.MODE]
+    if mode == MODE_LONG5:
+        return LONG5
+    if mode == MODE_PAE:
+        return PAE
+    if mode == MODE_TWO_LEVEL:
+        return TWO_LEVEL
+    return LONG4
 
 
 @kernel
 def walk_exact(mem, mmu, trail, gva, access):
-    """Walk in the paging mode of `mmu`, by the exact walker of that mode."""
-    mode = mmu.reg[Reg.MODE]
-    if mode == MODE_LONG5:
-        return walk_long5(mem, mmu, trail, gva, access)
-    if mode == MODE_PAE:
-        return walk_pae(mem, mmu, trail, gva, access)
-    if mode == MODE_TWO_LEVEL:
-        return walk_two_level(mem, mmu, trail, gva, access)
-    if mode == MODE_NONE:
+    """Translate `gva` for `access` (PFERR bits) through the tables at CR3, in any paging mode.
+
+    Args:
+        mem: MemoryState; every table address is looked up in its slots before it is read.
+        mmu: MmuState.
+        trail: uint64[TRAIL_LENGTH], scratch for the entries read; None for a walk that only looks: it leaves A and D alone.
+        gva: uint64, canonical.
+        access: uint64, PFERR.W, U, F, IMPLICIT.
+    """
+    if mmu.reg[Reg.MODE] == MODE_NONE:
         return Walk(True, gva, ZERO, ACC.ALL, ZERO)
-    return walk_long4(mem, mmu, trail, gva, access)
+    mode = mode_of(mmu)
+    root = mmu.reg[Reg.CR3] & mode.root
+    if mode.pae:
+        pdpte = mmu.reg[np.uint64(Reg.PDPTE0) + ((gva >> PDPTE_SHIFT) & PDPTE_INDEX)]
+        if pdpte & GPTE64.P == ZERO:
+            return fault(mmu, PDPTE_LEVEL, access, ZERO)
+        root = pdpte & mode.root
+    write = access & PFERR.W != ZERO
+    while True:  # again when an entry changed between reading it and setting its A or D (facts 1.1, W17)
+        table = root
+        level = mode.levels
+        rights = ALL_ONES
+        while True:
+            if find_slot(mem.slots, table) == NO_SLOT:
+                return fault(mmu, level, access, ZERO)
+            gpte = read_entry(mem, mode, table, table_index(gva, level, mode.index_bits))
+            if gpte & GPTE64.P == ZERO:
+                return fault(mmu, level, access, ZERO)
+            large = gpte & mmu.reg[Reg.LARGE]
+            if gpte & mmu.reserved[reserved_row(large, level)] != ZERO:
+                return fault(mmu, level, access, PFERR.P | PFERR.RSVD)
+            rights &= gpte ^ GPTE64.NX
+            if trail is not None:
+                trail[level] = gpte
+            if level == ONE or large != ZERO:
+                break
+            table = gpte & mode.root
+            level -= ONE
+
+        page_access = access_of(rights)
+        denied = permission_fault(mmu, page_access, access)
+        if mode.keys and key_fault(mmu, gpte, page_access, access):
+            return fault(mmu, level, access, PFERR.P | PFERR.PK)
+        if denied:
+            return fault(mmu, level, access, PFERR.P)
+        dirty = gpte & GPTE64.D != ZERO
+        if not write and not dirty:
+            page_access &= ~ACC.W  # so that the first write walks, and sets D (W16)
+        if trail is not None and (rights & GPTE64.A == ZERO or (write and not dirty)):
+            if not update_accessed_dirty(mem, trail, mode, root, gva, level, write):
+                continue
+        return Walk(True, page_gpa(mode, gpte, gva, level), level, page_access, ZERO)
+
+
+@kernel
+def plain_answer(gpte, gva, level, rights, seen):
+    """Answer of a plain walk whose entries AND to `rights` and OR to `seen`."""
+    page_access = access_of((rights & ~GPTE64.NX) | (~seen & GPTE64.NX))
+    if gpte & GPTE64.D == ZERO:
+        page_access &= ~ACC.W
+    return Walk(True, page_gpa(LONG4, gpte, gva, level), level, page_access, ZERO)
+
+
+@kernel
+def plain_entry(mem, table, gva, level):
+    """The 8-byte entry for `gva`, or 0, which is never plain, where the table lies outside the largest slot."""
+    if np.uint64(np.int64(table) - mem.start) >= mem.size:  # below the start it wraps around: one compare for both ends
+        return ZERO
+    return load(mem.words, (table >> WORD_SHIFT) + table_index(gva, level, LONG4.index_bits))
+
+
+@kernel(inline=True)
+def walk_plain(mem, mmu, plain, gva):
+    """The plain case of 4-level and 5-level paging: every table in the largest slot, nothing denied, A and D already set.
+
+    It is what nearly every walk comes to. One masked compare per entry stands for all checks: the fewer the instructions, the more
+    walks the processor overlaps (random walks over 512 MiB of tables: 41 ns, the exact walker alone 64 ns, a C loop 42 ns).
+    Answers as `walk` for the access of `plain`; ok=False says only that the case is not plain, and is for the exact walker.
+    """
+    table = plain.root
+    rights, seen = ALL_ONES, ZERO
+    if plain.mode == MODE_LONG5:
+        gpte = plain_entry(mem, table, gva, LONG5.levels)
+        if gpte & plain.pointer_mask != plain.pointer:
+            return Walk(False, ZERO, ZERO, ZERO, ZERO)
+        table, rights, seen = gpte & LONG5.root, gpte, gpte
+    level = LONG4.levels
+    while True:
+        gpte = plain_entry(mem, table, gva, level)
+        rights &= gpte
+        seen |= gpte
+        if level == ONE:
+            if gpte & plain.leaf_mask != plain.leaf:
+                return Walk(False, ZERO, ZERO, ZERO, ZERO)
+            return plain_answer(gpte, gva, ONE, rights, seen)
+        if gpte & plain.pointer_mask != plain.pointer:
+            reserved = mmu.reserved[reserved_row(GPTE64.PS, level)]
+            if gpte & GPTE64.PS == ZERO or gpte & reserved != ZERO or gpte & plain.leaf_mask != plain.leaf:
+                return Walk(False, ZERO, ZERO, ZERO, ZERO)
+            return plain_answer(gpte, gva, level, rights, seen)
+        table = gpte & LONG4.root
+        level -= ONE
 
 
 @kernel
@@ -262,12 +256,8 @@ def walk_gva(mem, mmu, trail, gva, access):
 @kernel(inline=True)
 def walk_by(mem, mmu, trail, plain, gva):
     """`walk_gva` for a loop in which registers and access stay: it makes `plain` once."""
-    if plain.mode == MODE_LONG4:
-        walk = walk_plain_long4(mem, mmu, plain, gva)
-        if walk.ok:
-            return walk
-    elif plain.mode == MODE_LONG5:
-        walk = walk_plain_long5(mem, mmu, plain, gva)
+    if plain.mode >= MODE_LONG4:
+        walk = walk_plain(mem, mmu, plain, gva)
         if walk.ok:
             return walk
     return walk_exact(mem, mmu, trail, gva, plain.access)

@@ -139,7 +139,7 @@ def test_list_and_unknown_names() -> None:
     assert "mmio-cache/linux-boot/generation" in names and "replay/linux-boot/walk" in names and len(names) == 26
     unknown = bench("--only", "nothing-like-this")
     assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1
-    assert bench("--trace", "/does/not/exist.npz").stderr == "error: /does/not/exist.npz: No such file; expected a replay file\n"
+    assert bench("--trace", "/does/not/exist.npz").stderr == "error: /does/not/exist.npz: No such file; expected an .npz file\n"
 
 
 @compiled_only

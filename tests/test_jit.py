@@ -19,10 +19,6 @@ PACKAGE = Path(_jit.__file__).parent
 
 BEYOND = """
 import numpy as np
-from fastmmu.walk import table_index
-from fastmmu._jit import kernel
-from fastmmu.memory import search_slots
-from fastmmu.state import SLOT
 from fastmmu.mmio import covers
 print(covers(np.zeros(0, np.uint64), np.uint64(1 << 20)))
 """

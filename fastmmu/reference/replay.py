@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fastmmu.paging import Cpu
-from fastmmu.reference.walk import ACC_U, ACC_W, PFERR_P, PFERR_RSVD, PFERR_U, PFERR_W, Memory, Translation, Walker
+from fastmmu.reference.walk import ACC_U, ACC_W, PFERR_F, PFERR_P, PFERR_RSVD, PFERR_U, PFERR_W, Memory, Translation, Walker
 
 PAGE = ~0xFFF
 WORD = (1 << 64) - 1
@@ -45,7 +45,7 @@ class GvaOnly(NoCache):
             return "miss_cleared" if self.forgot else "miss_cold"
         if self.filled[0] != gva & PAGE:
             return "miss_other_page"
-        return "miss_permission" if self.denies(vcpu, access) else "hit"
+        return "miss_permission" if access & PFERR_F or self.denies(vcpu, access) else "hit"
 
     def denies(self, vcpu: Vcpu, access: int) -> bool:
         """A write needs a writable page, user code a user page."""
@@ -151,6 +151,8 @@ class Replay:
         self.counters["guest_walks"] += 1
         walk = self.vcpu.walker.walk(self.vcpu.cr3, gva, access)
         self.counters["faults"] += not walk.ok
+        if walk.pferr & (PFERR_P | PFERR_RSVD) == PFERR_P and self.cache.filled and self.cache.filled[0] == gva & PAGE:
+            self.counters["clears"] += self.cache.clear()  # the injected fault invalidates its address (facts 1.9)
         return walk
 
     def device(self, gva: int, access: int) -> Translation:
@@ -165,11 +167,8 @@ class Replay:
             self.counters[found] += 1
         self.counters["device_walks"] += 1
         walk = self.walk(gva, access)
-        if walk.ok:
-            if self.memory.kind(walk.gpa) is None and self.cache.fill(self.vcpu, gva, walk):
-                self.legal = self.granted_today()
-        elif walk.pferr & (PFERR_P | PFERR_RSVD) == PFERR_P:
-            self.flush(gva)
+        if walk.ok and self.memory.kind(walk.gpa) is None and self.cache.fill(self.vcpu, gva, walk):
+            self.legal = self.granted_today()
         return walk
 
     def delivered(self, gpa: int, gva: int, access: int) -> Translation:

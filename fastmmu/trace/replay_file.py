@@ -6,6 +6,7 @@ Everything in a file is checked before a kernel sees it, because compiled code c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, PAGE_SHIFT, PFERR, PHYSICAL_BITS, PHYSICAL_LIMIT, WORDS_PER_PAGE
 from fastmmu.events import EVENT, Op
-from fastmmu.memory import Slot, check_slots
+from fastmmu.memory import Slot, check_slots, reserve
 from fastmmu.paging import Cpu
 from fastmmu.trace.npz import MAXPHYADDR, Reader, within
 from fastmmu.vm import Workload
@@ -23,7 +24,10 @@ EVENT_COLUMNS = {"event_record": "u4", "event_type": "u2", "event_cr3": "u8"}
 STORE_COLUMNS = {"pt_record": "u4", "pt_gpa": "u8", "pt_value": "u8", "pt_level": "u1", "pt_flag": "u1"}
 TABLE_COLUMNS = {"start_gfn": "u8", "start_level": "u1"}
 
+COLUMNS = ("meta", "start_words", *RECORD_COLUMNS, *EVENT_COLUMNS, *STORE_COLUMNS, *TABLE_COLUMNS)
+
 READ, WRITE, FETCH = range(3)
+LARGEST_ACCESS = 12  # log2 of a page: no access is larger
 PROT_USER = 1
 EVENT_CR3, EVENT_INVLPG, EVENT_INVPCID = 1, 2, 3
 FLAG_STORE, FLAG_LINKED, FLAG_RELEASED = range(3)
@@ -43,18 +47,30 @@ def _check_tables(reader: Reader, gfns: np.ndarray, levels: np.ndarray, words: n
     twice[order[1:]] = gfns[order][1:] == gfns[order][:-1]
     reader.fail_at("start_gfn", twice, gfns, "each table once")
     reader.fail_at("start_level", (levels < 1) | (levels > machine.levels), levels, f"1 to {machine.levels}")
-    pointers = (words & GPTE64.P != 0) & (words & GPTE64.PS == 0) & (levels > 1)[:, None]
-    rows, columns = np.nonzero(pointers)
-    targets = words[rows, columns] & GPTE64.ADDR
-    to_itself = targets >> PAGE_SHIFT == gfns[rows]
-    bad = np.flatnonzero(to_itself | ~within(targets, machine.ram))
+    rows, columns = np.nonzero(words)
+    _check_pointers(
+        reader,
+        machine,
+        gfns[rows],
+        levels[rows],
+        words[rows, columns],
+        lambda i: f"start_words, record {rows[i]}, entry {columns[i]}",
+    )
+
+
+def _check_pointers(
+    reader: Reader, machine: _Machine, gfns: np.ndarray, levels: np.ndarray, gptes: np.ndarray, where: Callable[[int], str]
+) -> None:
+    """Present entries that point to a table lead into RAM, and not to their own table (at `gfns`)."""
+    targets = gptes & GPTE64.ADDR
+    to_itself = targets >> PAGE_SHIFT == gfns
+    pointers = (gptes & GPTE64.P != 0) & (gptes & GPTE64.PS == 0) & (levels > 1)
+    bad = np.flatnonzero(pointers & (to_itself | ~within(targets, machine.ram)))
     if len(bad):
-        row, column, target = int(rows[bad[0]]), int(columns[bad[0]]), targets[bad[:1]]
-        what = "the table itself" if to_itself[bad[0]] else machine.describe(target)
-        reader.fail(
-            f"column start_words, record {row}, entry {column}: points to {int(target[0]):#x}, {what}; "
-            f"expected a table of level {int(levels[row]) - 1} in RAM"
-        )
+        first = int(bad[0])
+        what = "the table itself" if to_itself[first] else machine.describe(targets[first : first + 1])
+        expected = f"expected a table of level {int(levels[first]) - 1} in RAM"
+        reader.fail(f"column {where(first)}: points to {int(targets[first]):#x}, {what}; {expected}")
 
 
 class _Machine:
@@ -69,6 +85,16 @@ class _Machine:
             reader.fail(f"column meta: memslots: {error}")
         if any(kind == "device" for _, _, kind in self.memory) or not self.memory:
             reader.fail("column meta: memslots: expected at least one range, of kind ram or rom")
+        for start, end, name in self.devices:
+            for slot in self.memory:
+                if start < slot[1] and slot[0] < end:
+                    reader.fail(
+                        f"column meta: mmio_ranges: {name} [{start:#x}, {end:#x}) overlaps memslot {slot}, expected none to"
+                    )
+        try:
+            reserve(max(end for _, end, _ in self.memory)).close()
+        except MemoryError as error:
+            reader.fail(f"column meta: memslots: {error}")
         self.ram = [slot for slot in self.memory if slot[2] == "ram"]
         self.levels = reader.meta_int(meta, "paging_levels")
         if self.levels not in (4, 5):
@@ -95,7 +121,7 @@ def load_replay(path: str | Path, records: int | None = None) -> Workload:
     Raises:
         TraceError: one line naming the file, the column, the record and what was expected.
     """
-    reader = Reader(Path(path))
+    reader = Reader(Path(path), COLUMNS)
     meta = reader.meta()
     machine = _Machine(reader, meta)
     record, store, event = (reader.group(group) for group in (RECORD_COLUMNS, STORE_COLUMNS, EVENT_COLUMNS))
@@ -109,8 +135,9 @@ def load_replay(path: str | Path, records: int | None = None) -> Workload:
         reader.fail(f"column meta: cr3_start {machine.cr3:#x} lies outside memory, expected a table in RAM")
 
     length = len(record["gva"]) if records is None else min(records, len(record["gva"]))
-    store = {name: column[store["pt_record"] < length] for name, column in store.items()}
-    event = {name: column[event["event_record"] < length] for name, column in event.items()}
+    if length < len(record["gva"]):
+        store = {name: column[store["pt_record"] < length] for name, column in store.items()}
+        event = {name: column[event["event_record"] < length] for name, column in event.items()}
     record = {name: column[:length] for name, column in record.items()}
 
     contents = {int(gfn): page for gfn, page in zip(tables["start_gfn"], words, strict=True)}
@@ -137,10 +164,14 @@ def load_replay(path: str | Path, records: int | None = None) -> Workload:
 
 def _check_records(reader: Reader, record: dict[str, np.ndarray], machine: _Machine) -> None:
     gva, gpa, io = record["gva"], record["gpa"], record["io"]
+    if not len(gva):
+        reader.fail("column gva: no record, expected at least one")
     reader.fail_at("kind", record["kind"] > FETCH, record["kind"], "0 read, 1 write or 2 fetch")
     reader.fail_at("io", io > 1, io, "0 or 1")
     reader.fail_at("prot", record["prot"] > 15, record["prot"], "a sum of 1, 2, 4 and 8")
     reader.fail_at("level", (record["level"] < 1) | (record["level"] > 3), record["level"], "1, 2 or 3")
+    reader.fail_at("size", record["size"] > LARGEST_ACCESS, record["size"], f"at most {LARGEST_ACCESS}, the log2 of the bytes")
+    reader.fail_at("count", record["count"] == 0, record["count"], "at least 1")
     unused = np.uint64(64 - 12 - 9 * machine.levels)
     sign_extended = ((gva << unused).view(np.int64) >> unused.astype(np.int64)).view(np.uint64)
     reader.fail_at("gva", sign_extended != gva, gva, f"a canonical address of {machine.levels}-level paging")
@@ -157,6 +188,10 @@ def _check_stores(reader: Reader, store: dict[str, np.ndarray], machine: _Machin
     reader.fail_at("pt_flag", store["pt_flag"] > FLAG_RELEASED, store["pt_flag"], "0, 1 or 2")
     reader.fail_at("pt_gpa", gpa & np.uint64(7) != 0, gpa, "a multiple of 8")
     reader.fail_at("pt_gpa", ~within(gpa, machine.ram), gpa, "an address in RAM")
+    levels = store["pt_level"]
+    reader.fail_at("pt_level", (levels < 1) | (levels > machine.levels), levels, f"1 to {machine.levels}")
+    linked = np.where(store["pt_flag"] == FLAG_RELEASED, np.uint64(0), store["pt_value"])
+    _check_pointers(reader, machine, gpa >> PAGE_SHIFT, levels, linked, lambda i: f"pt_value, record {i}")
 
 
 def _check_events(reader: Reader, event: dict[str, np.ndarray], machine: _Machine, records: int) -> None:

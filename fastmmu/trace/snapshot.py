@@ -33,7 +33,7 @@ def load_snapshot(path: str | Path, *, cr3: int | None = None, maxphyaddr: int =
     Raises:
         TraceError: one line naming the file, the column, the record and what was expected.
     """
-    reader = Reader(Path(path))
+    reader = Reader(Path(path), ("gfn", "words", "cr0", "cr3", "cr4", "efer"))
     gfns, words = reader.array("gfn"), reader.array("words")
     if gfns.dtype != np.uint64 or gfns.ndim != 1 or not len(gfns):
         reader.fail(f"column gfn: {gfns.dtype} of shape {gfns.shape}, expected uint64, one for each table page")
