@@ -65,27 +65,30 @@ def run(options: Options) -> int:
     """The whole job; returns the exit status."""
     from rich.console import Console
 
-    from bench.cells import REPLAY, REPLAY_STRATEGIES, Cell
+    from bench.experiment import Context
+    from bench.registry import EXPERIMENTS
     from bench.results import probe_folder
     from bench.suite import Suite
-    from bench.workloads import SMALL_WORKLOADS, trace_workload
-    from fastmmu.strategy import MMIO_CACHE
 
-    workload = trace_workload(options.trace, options.records)
-    workloads = {one.name: one for one in (workload, *(make() for make in SMALL_WORKLOADS))}
-    cells = [Cell(MMIO_CACHE.name, name, strategy.name) for name in workloads for strategy in MMIO_CACHE.strategies]
-    cells += [Cell(REPLAY, workload.name, strategy) for strategy in REPLAY_STRATEGIES]
+    context = Context(options.trace, options.records)
+    quick = options.records is not None
+    wanted = [
+        one
+        for one in EXPERIMENTS.values()
+        if options.list_cells or (options.only or "").startswith(one.name) or (one.by_default and (one.quick or not quick))
+    ]
+    cells = [cell for one in wanted for cell in one.cells(context)]
     chosen = [cell for cell in cells if matches(cell.name, options.only)]
     if not chosen:
         print(f"--only {options.only}: no cell of that name; --list shows them", file=sys.stderr)
         return USAGE_ERROR
     if options.list_cells:
         for cell in chosen:
-            print(cell.name)
+            print(cell.name + ("" if EXPERIMENTS[cell.experiment].by_default else "  (only when named with --only)"))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 140)
     probe_folder(options.output)
-    suite = Suite(options.trace, options.records, workload, workloads, chosen, console)
+    suite = Suite(context, chosen, console)
     suite.check()
     suite.measure(options.rounds)
     suite.write(options.output)
@@ -110,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         for signum in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, stop)
         args = parse(arguments)
-        from bench.cells import CheckError
+        from bench.experiment import CheckError
         from bench.results import ResultError
         from bench.rounds import WorkerError
         from fastmmu import ReplayError, TraceError

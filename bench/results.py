@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pyperf
 
-from fastmmu.vm import Outcome
-
 PRIVATE_METADATA = frozenset({
     "boot_time", "command", "hostname", "platform", "python_cflags", "python_config_args", "python_executable", "uptime",
 })  # fmt: skip
 COUNTER_PREFIX = "fastmmu_"
-# Lower is better; a count is a benchmark of its own where it is above zero, which is all that pyperf accepts.
-COUNT_BENCHMARKS = ("wrong", "stale_legal", "miss_permission")
-PER_MILLION = "guest_walks_per_million"
 
 
 class ResultError(ValueError):
@@ -38,15 +33,9 @@ def counter_metadata(counters: dict[str, int]) -> dict[str, int | str]:
     return {COUNTER_PREFIX + name: value for name, value in counters.items()}
 
 
-def count_benchmarks(cell: str, outcome: Outcome, extra: dict[str, int | str]) -> list[pyperf.Benchmark]:
-    """Benchmarks of unit integer for one checked cell."""
-    counters = outcome.counters
-    counts = {PER_MILLION: per_million(counters["device_walks"], counters["device_accesses"])}
-    counts.update({name: counters[name] for name in COUNT_BENCHMARKS})
-    metadata = {**counter_metadata(counters), **extra}
-    return [
-        pyperf.Benchmark([count_run(f"{cell}/{name}", value, metadata)]) for name, value in counts.items() if value > 0
-    ]  # fmt: skip
+def count_benchmarks(cell: str, counts: dict[str, int], metadata: dict[str, int | str]) -> list[pyperf.Benchmark]:
+    """Benchmarks of unit integer for the counts above zero, lower being better: pyperf accepts no others."""
+    return [pyperf.Benchmark([count_run(f"{cell}/{name}", value, metadata)]) for name, value in counts.items() if value > 0]
 
 
 def per_million(part: int, whole: int) -> int:

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyperf
 
-from bench.cells import Cell, Timed
+from bench.experiment import Cell, Context, Timed
 
 VALUE_SECONDS = 0.02
 """What one value should last: a few hundred runs of the device stream, far above the clock's resolution."""
@@ -46,11 +46,11 @@ def calibrate(cell: Cell, work: Timed) -> Plan:
     return Plan(cell, max(1, math.ceil(VALUE_SECONDS / seconds)), digest)
 
 
-def worker_command(cell: Cell, trace: Path, records: int | None) -> list[str]:
+def worker_command(cell: Cell, context: Context) -> list[str]:
     """Command line of a worker for `cell`, without the options of the measurement."""
     command = [sys.executable, "-m", "bench", "--worker", "--quiet", "--parent", str(os.getpid())]
-    command += ["--cell", cell.name, "--trace", str(trace)]
-    return command if records is None else [*command, "--records", str(records)]
+    command += ["--cell", cell.name, "--trace", str(context.trace)]
+    return command if context.records is None else [*command, "--records", str(context.records)]
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def child(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def compiling(cells: list[Cell], trace: Path, records: int | None) -> Iterator[None]:
+def compiling(cells: list[Cell], context: Context) -> Iterator[None]:
     """Compile what the timed cells need into the cache, on the second core, while the block runs; waits for it at the end.
 
     Where nothing can be cached, or a cell fails, nothing is lost: the cell compiles, or fails, again when it is its turn.
@@ -75,12 +75,13 @@ def compiling(cells: list[Cell], trace: Path, records: int | None) -> Iterator[N
         yield
         return
     names = ",".join(cell.name for cell in cells)
-    with child([*worker_command(cells[0], trace, records), "--compile-only", names]) as process:
+    with child([*worker_command(cells[0], context), "--compile-only", names]) as process:
         yield
-        process.communicate(timeout=WORKER_TIMEOUT)
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=WORKER_TIMEOUT)
 
 
-def run_worker(plan: Plan, trace: Path, records: int | None, folder: Path) -> pyperf.Run:
+def run_worker(plan: Plan, context: Context, folder: Path) -> pyperf.Run:
     """One worker process for one cell; it is killed if this process is interrupted.
 
     Raises:
@@ -89,7 +90,7 @@ def run_worker(plan: Plan, trace: Path, records: int | None, folder: Path) -> py
     output = folder / "run.json"
     output.unlink(missing_ok=True)
     command = [
-        *worker_command(plan.cell, trace, records),
+        *worker_command(plan.cell, context),
         "--digest", str(plan.digest), "--output", str(output),
         "--loops", str(plan.loops), "--values", str(VALUES), "--warmups", str(WARMUPS),
     ]  # fmt: skip
@@ -104,18 +105,16 @@ def run_worker(plan: Plan, trace: Path, records: int | None, folder: Path) -> py
     return pyperf.Benchmark.load(str(output)).get_runs()[0]
 
 
-def measure(
-    plans: list[Plan], rounds: int, trace: Path, records: int | None, advance: Callable[[str], None]
-) -> dict[str, list[pyperf.Run]]:
-    """All rounds; runs by cell name, one a round, in the order of the rounds.
+def measure(plans: list[Plan], rounds: int, context: Context, advance: Callable[[], None]) -> dict[Cell, list[pyperf.Run]]:
+    """All rounds; runs by cell, one a round, in the order of the rounds.
 
     Raises:
         WorkerError: a worker failed.
     """
-    runs: dict[str, list[pyperf.Run]] = {plan.cell.name: [] for plan in plans}
+    runs: dict[Cell, list[pyperf.Run]] = {plan.cell: [] for plan in plans}
     with tempfile.TemporaryDirectory(prefix="fastmmu-bench-") as folder:
         for _ in range(rounds):
             for plan in plans:
-                runs[plan.cell.name].append(run_worker(plan, trace, records, Path(folder)))
-                advance(plan.cell.name)
+                runs[plan.cell].append(run_worker(plan, context, Path(folder)))
+                advance()
     return runs

@@ -2,109 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyperf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.cells import REPLAY, Cell, CheckError, Timed, check_mmio, digest_text, timed
+from bench.experiment import Cell, Checked, CheckError, Context
+from bench.registry import EXPERIMENTS
 from bench.report import tables_of
 from bench.results import count_benchmarks, counter_metadata, public_run, write_suites
 from bench.rounds import Plan, calibrate, compiling, measure
-from fastmmu.strategy import MMIO_CACHE
-from fastmmu.vm import Outcome, Workload
 
-FEWEST_ACCESSES = 10_000
-"""A run of fewer device accesses lasts so short that the 2 µs of the call from Python would be a tenth of it and more."""
+SHOWN_COUNTERS = ("records", "device_accesses", "hits", "wrong")
 
 
 class Suite:
     """The chosen cells on their way from check to report."""
 
-    def __init__(
-        self,
-        trace: Path,
-        records: int | None,
-        workload: Workload,
-        workloads: dict[str, Workload],
-        cells: list[Cell],
-        console: Console,
-    ) -> None:
-        self.trace, self.records = trace, records
-        self.workload, self.workloads = workload, workloads
-        self.cells = cells
-        self.console = console
-        self.outcomes: dict[str, Outcome] = {}
-        self.runs: dict[str, list[pyperf.Run]] = {}
-        self.accesses: dict[str, int] = {}
+    def __init__(self, context: Context, cells: list[Cell], console: Console) -> None:
+        self.context, self.cells, self.console = context, cells, console
+        self.checked: dict[Cell, Checked] = {}
+        self.runs: dict[Cell, list[pyperf.Run]] = {}
+        self.reasons = {cell: EXPERIMENTS[cell.experiment].why_not(context, cell) for cell in cells}
+
+    @property
+    def timed_cells(self) -> list[Cell]:
+        """The cells that can be timed."""
+        return [cell for cell in self.cells if not self.reasons[cell]]
+
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
+        self.console.print(text, highlight=False, markup=False)
 
     def progress(self) -> Progress:
         """A progress bar with time gone and left."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         return Progress(*columns, console=self.console)
 
     def check(self) -> None:
         """Counters of every cell, each proven against the reference.
 
         Raises:
-            ReplayError, CheckError: see `check_mmio`.
+            ReplayError, CheckError: see the experiments' `check`.
         """
-        checked = [cell for cell in self.cells if cell.experiment == MMIO_CACHE.name]
-        plain = Cell(MMIO_CACHE.name, self.workload.name, MMIO_CACHE.strategies[0].name)
-        if plain not in checked and any(cell.workload == self.workload.name for cell in self.cells):
-            checked.append(plain)  # whatever is timed on a trace, the trace itself is checked
-        timed_cells = [cell for cell in self.cells if cell.workload == self.workload.name]
-        with compiling(timed_cells, self.trace, self.records), self.progress() as progress:
-            task = progress.add_task("checking against the reference", total=len(checked))
-            for cell in checked:
+        with compiling(self.timed_cells, self.context), self.progress() as progress:
+            task = progress.add_task("checking against the reference", total=len(self.cells))
+            for cell in self.cells:
                 progress.update(task, description=f"checking {cell.name}")
-                self.outcomes[cell.name] = check_mmio(self.workloads[cell.workload], cell.strategy)
+                self.checked[cell] = EXPERIMENTS[cell.experiment].check(self.context, cell)
                 progress.advance(task)
             progress.update(task, description="checked against the reference")
-        for cell in checked:
-            if cell.workload == self.workload.name:
-                counters = self.outcomes[cell.name].counters
-                self.console.print(
-                    f"{cell.name}: {counters['records']:,} records as recorded, {counters['device_accesses']:,} device accesses, "
-                    f"{counters['hits']:,} walks saved, {counters['wrong']:,} wrong",
-                    highlight=False,
-                    markup=False,
-                )
+        for cell, checked in self.checked.items():
+            if set(SHOWN_COUNTERS) <= checked.counters.keys() and cell.workload == self.context.workload.name:
+                shown = ", ".join(f"{checked.counters[name]:,} {name.replace('_', ' ')}" for name in SHOWN_COUNTERS)
+                self.say(f"{cell.name}: {shown}")
 
     def measure(self, rounds: int) -> None:
-        """Time the cells on the trace; the small workloads are counted only.
+        """Time the cells, each experiment in its own rounds.
 
         Raises:
-            WorkerError: a worker failed or came to another digest.
+            WorkerError: a worker failed or came to another digest. CheckError: a timed run delivers something else.
         """
-        cells = [cell for cell in self.cells if cell.workload == self.workload.name]
-        works = {cell: timed(self.workload, cell) for cell in cells}
-        for cell in [cell for cell, work in works.items() if work.accesses < FEWEST_ACCESSES]:
-            accesses = works.pop(cell).accesses
-            self.console.print(
-                f"{cell.name}: counted, not timed: {accesses:,} accesses, fewer than {FEWEST_ACCESSES:,}",
-                highlight=False,
-                markup=False,
-            )
+        for cell, reason in self.reasons.items():
+            if (reason and cell.workload == self.context.workload.name) or "installed" in reason or "gcc" in reason:
+                self.say(f"{cell.name}: not timed: {reason}")
+        groups: dict[str, list[Cell]] = {}
+        for cell in self.timed_cells:
+            groups.setdefault(cell.experiment, []).append(cell)
+        rounds_of = {name: max(rounds, EXPERIMENTS[name].rounds) for name in groups}
         with self.progress() as progress:
-            task = progress.add_task("calibrating", total=rounds * len(works))
-            plans = [calibrate(cell, work) for cell, work in works.items()]
-            for plan in plans:
-                self.check_digest(plan, works[plan.cell])
-            self.accesses = {cell.name: work.accesses for cell, work in works.items()}
-            progress.update(task, description="timing")
-            self.runs = measure(plans, rounds, self.trace, self.records, lambda name: progress.advance(task))
+            total = sum(rounds_of[name] * len(cells) for name, cells in groups.items())
+            task = progress.add_task("timing", total=total)
+            for name, cells in groups.items():
+                progress.update(task, description=f"calibrating {name}")
+                plans = [self.plan(cell) for cell in cells]
+                progress.update(task, description=f"timing {name}")
+                self.runs |= measure(plans, rounds_of[name], self.context, self.advance(progress, task))
+            progress.update(task, description="timed")
 
-    def check_digest(self, plan: Plan, work: Timed) -> None:
-        """The timed work delivers what the checked run delivered.
+    @staticmethod
+    def advance(progress: Progress, task: object) -> Callable[[], None]:
+        """One step of the progress bar."""
+        return lambda: progress.advance(task)  # type: ignore[arg-type]
+
+    def plan(self, cell: Cell) -> Plan:
+        """Calibrate one cell; what it delivers must be what the checked run delivered.
 
         Raises:
-            CheckError: it does not.
+            CheckError: it is not.
         """
-        expected = work.expected if work.expected is not None else self.outcomes[plan.cell.name].digests["device"]
+        plan = calibrate(cell, EXPERIMENTS[cell.experiment].timed(self.context, cell))
+        expected = self.checked[cell].expected
         if plan.digest != expected:
-            raise CheckError(f"{plan.cell.name}: a timed run came to digest {plan.digest:#x}, the checked one to {expected:#x}")
+            raise CheckError(f"{cell.name}: a timed run came to digest {plan.digest:#x}, expected {expected:#x}")
+        return plan
 
     def write(self, folder: Path) -> None:
         """Write one pyperf suite per experiment.
@@ -115,16 +114,15 @@ class Suite:
         suites: dict[str, list[pyperf.Benchmark]] = {}
         for cell in self.cells:
             benchmarks = suites.setdefault(cell.experiment, [])
-            workload = self.workloads[cell.workload]
-            extra: dict[str, int | str] = {"trace": workload.source} if workload.source else {}
-            if cell.experiment == REPLAY:
-                extra |= counter_metadata({"accesses": self.accesses.get(cell.name, 0)})
-            else:
-                outcome = self.outcomes[cell.name]
-                extra |= counter_metadata(outcome.counters) | {"digest": digest_text(outcome)}
-                benchmarks += count_benchmarks(cell.name, outcome, extra)
-            if cell.name in self.runs:
-                benchmarks.append(pyperf.Benchmark([public_run(run, extra) for run in self.runs[cell.name]]))
+            checked = self.checked[cell]
+            extra = counter_metadata(checked.counters)
+            if cell.workload == self.context.workload.name:
+                extra["trace"] = self.context.workload.source
+            if checked.digest:
+                extra["digest"] = checked.digest
+            benchmarks += count_benchmarks(cell.name, checked.counts, extra)
+            if cell in self.runs:
+                benchmarks.append(pyperf.Benchmark([public_run(run, extra) for run in self.runs[cell]]))
         write_suites(folder, {experiment: benchmarks for experiment, benchmarks in suites.items() if benchmarks})
 
     def show(self, folder: Path) -> None:
@@ -132,5 +130,5 @@ class Suite:
         for table in tables_of(folder, {cell.experiment for cell in self.cells}):
             self.console.print(table.rich())
             if table.note:
-                self.console.print(table.note, highlight=False, markup=False)
+                self.say(table.note)
         self.console.print(f"results: {folder}", highlight=False, soft_wrap=True, markup=False)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyperf
 
-from bench.cells import Cell, timed
-from bench.workloads import trace_workload
+from bench.experiment import Cell, Context
+from bench.registry import EXPERIMENTS
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -35,14 +35,15 @@ def main() -> None:
     if any(argument == "--compile-only" for argument in sys.argv):
         args = runner.argparser.parse_args()
         die_with(args.parent)
-        workload = trace_workload(args.trace, args.records)
+        context = Context(args.trace, args.records)
         for name in args.compile_only.split(","):
-            timed(workload, Cell(*name.split("/"))).run(1)
+            cell = Cell(*name.split("/"))
+            EXPERIMENTS[cell.experiment].timed(context, cell).run(1)
         return
     args = runner.parse_args()
     die_with(args.parent)
     cell = Cell(*args.cell.split("/"))
-    work = timed(trace_workload(args.trace, args.records), cell)
+    work = EXPERIMENTS[cell.experiment].timed(Context(args.trace, args.records), cell)
     runner.bench_time_func(f"{cell.name}/time", work.run, inner_loops=work.accesses)
     if work.digest() != args.digest:
         sys.exit(f"{cell.name}: a timed run came to digest {work.digest():#x}, expected {args.digest:#x}")

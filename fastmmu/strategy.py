@@ -16,7 +16,7 @@ class Strategy:
 
     name: str
     summary: str
-    make_cache: Callable[[], MmioInfo | None]
+    make_cache: Callable[[], MmioInfo | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ MMIO_CACHE = Experiment(
     question="What is it worth to remember the translation of the last device access, and is it still correct?",
     source="[PATCH 04/15] KVM: MMU: cache mmio info on page fault path, review of 2011-06-08",
     strategies=(
-        Strategy("none", "every device access walks the guest's tables", lambda: None),
+        Strategy("none", "every device access walks the guest's tables"),
         Strategy("gva-only", "the patch as posted: same page, access check, never cleared", _mmio_info),
         Strategy("gva+cr3", "as the review asked: CR3 compared too", lambda: _mmio_info(cr3=True)),
         Strategy(
@@ -59,4 +59,15 @@ MMIO_CACHE = Experiment(
     ),
 )
 
-EXPERIMENTS = (MMIO_CACHE,)
+ACCESS_CHECKS = Experiment(
+    name="access-checks",
+    question="What is it worth to check a guest mapping's permission in the walk?",
+    source="[PATCH 3/5] KVM: MMU: Perform access checks in walk_addr(), 2007-01-23",
+    strategies=(
+        Strategy("after-walk", "before the patch: A set on the way down, the caller checks the leaf, if at all"),
+        Strategy("per-level", "the patch: each level checked, then its A set"),
+        Strategy("once", "today: one check with the rights of all levels, then all A bits"),
+    ),
+)
+
+EXPERIMENTS = (MMIO_CACHE, ACCESS_CHECKS)

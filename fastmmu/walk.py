@@ -264,6 +264,14 @@ def walk_by(mem, mmu, trail, plain, gva):
 
 
 @kernel
+def walk_column(mem, mmu, trail, gvas, access, gpas):
+    """Walk one address after another, all with one access: gpas[i], 0 where the walk faults."""
+    plain = plain_for(mmu, access)
+    for i in range(len(gvas)):
+        gpas[i] = walk_by(mem, mmu, trail, plain, gvas[i]).gpa
+
+
+@kernel
 def walk_addresses(mem, mmu, trail, cr3s, gvas, accesses):
     """The bare walk, over columns of equal length: the floor under any replay of the same records.
 

@@ -15,8 +15,8 @@ SHARED = ROOT.parent / "shared"
 SEED = int(os.environ.get("FASTMMU_SEED", random.SystemRandom().randrange(1 << 32)))
 
 
-def pytest_report_header() -> str:
-    return f"fastmmu seed: {SEED} (set FASTMMU_SEED to repeat)"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"fastmmu seed: {SEED} (FASTMMU_SEED={SEED} repeats this run)")
 
 
 @pytest.fixture

@@ -17,10 +17,12 @@ from conftest import ROOT
 
 from bench import rounds
 from bench.__main__ import matches
-from bench.cells import Cell, CheckError, Timed, check_mmio
-from bench.report import committed_folders, ratio_text, summary_text, tables_of, with_readme_block
+from bench.experiment import Cell, CheckError, Context, Timed
+from bench.mmio_cache import check_workload
+from bench.report import committed_folders, summary_text, tables_of, with_readme_block
 from bench.results import PRIVATE_METADATA, ResultError, load_suite, per_million, public_run, write_suites
 from bench.rounds import Plan, WorkerError, calibrate, measure
+from bench.tables import ratio_text
 from bench.workloads import BUNDLED_TRACE, remap_invlpg, trace_workload
 from fastmmu._jit import JIT
 
@@ -45,14 +47,14 @@ def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rounds, "run_worker", worker)
     plans = [Plan(Cell("e", "w", name), 1, 0) for name in ("a", "b", "c")]
-    runs = measure(plans, 3, Path("x"), None, lambda name: None)
+    runs = measure(plans, 3, Context(Path("x"), None), lambda: None)
     assert order == ["a", "b", "c"] * 3
-    assert [run.values for run in runs["e/w/b"]] == [(2.0,), (5.0,), (8.0,)]
+    assert [run.values for run in runs[plans[1].cell]] == [(2.0,), (5.0,), (8.0,)]
 
 
 def test_loops_are_calibrated_from_the_best_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 9.0, 0.0, 0.004, 0.0, 0.002, 0.0, 0.003])
-    monkeypatch.setattr("bench.cells.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("bench.experiment.time.perf_counter", lambda: next(clock))
     calls: list[str] = []
     work = Timed(lambda: calls.append("once"), lambda: calls.append("reset"), lambda: 42, 7)
     plan = calibrate(Cell("e", "w", "s"), work)
@@ -81,7 +83,7 @@ def test_a_disagreement_with_the_reference_is_an_error(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Generation, "clear", lambda self: False)
     with pytest.raises(CheckError, match="mmio-cache/remap-invlpg/generation: counters differ from the reference"):
-        check_mmio(remap_invlpg(), "generation")
+        check_workload(remap_invlpg(), "generation")
 
 
 def test_result_files_name_neither_machine_nor_paths(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_list_and_unknown_names() -> None:
     listed = bench("--list")
     assert listed.returncode == 0
     names = listed.stdout.split()
-    assert "mmio-cache/linux-boot/generation" in names and "replay/linux-boot/walk" in names and len(names) == 26
+    assert "mmio-cache/linux-boot/generation" in names and "replay/linux-boot/walk" in names and "walk/256gib/many" in names
     unknown = bench("--only", "nothing-like-this")
     assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1
     assert bench("--trace", "/does/not/exist.npz").stderr == "error: /does/not/exist.npz: No such file; expected an .npz file\n"
@@ -145,7 +147,7 @@ def test_list_and_unknown_names() -> None:
 @compiled_only
 def test_a_quick_run_writes_suites_that_pyperf_reads(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = bench("--quick", "--only", "linux-boot", "--output", str(out))
+    run = bench("--quick", "--only", "/linux-boot/", "--output", str(out))
     assert run.returncode == 0, run.stderr
     assert "speed-up over none" in run.stdout and "cost over the bare walk" in run.stdout
     assert sorted(path.name for path in out.iterdir()) == ["mmio-cache.json", "replay.json"]
@@ -171,7 +173,7 @@ def test_a_quick_run_writes_suites_that_pyperf_reads(tmp_path: Path) -> None:
 def test_a_worker_that_comes_to_another_digest_is_an_error(tmp_path: Path) -> None:
     plan = Plan(Cell("mmio-cache", "linux-boot", "none"), 1, 12345)
     with pytest.raises(WorkerError, match="came to digest"):
-        rounds.run_worker(plan, BUNDLED_TRACE, 60_000, tmp_path)
+        rounds.run_worker(plan, Context(BUNDLED_TRACE, 60_000), tmp_path)
 
 
 def children_of(pid: int) -> list[int]:
@@ -190,7 +192,7 @@ def children_of(pid: int) -> list[int]:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_no_result_and_no_worker(tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "bench", "--rigorous", "--only", "linux-boot/none", "--output", str(out)]
+    command = [sys.executable, "-m", "bench", "--rigorous", "--only", "mmio-cache/linux-boot/none", "--output", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers: list[int] = []
     deadline = time.monotonic() + 120

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sizes import sized
 
-from bench.cells import check_mmio
+from bench.mmio_cache import check_workload
 from bench.workloads import (
     DEVICE_A,
     DEVICE_B,
@@ -31,7 +31,7 @@ STRATEGIES = [strategy.name for strategy in MMIO_CACHE.strategies]
 
 def counters(workload: Workload, strategy: str) -> dict[str, int]:
     """Counters, after the reference came to the same."""
-    found = check_mmio(workload, strategy).counters
+    found = check_workload(workload, strategy).counters
     misses = sum(value for name, value in found.items() if name.startswith("miss_"))
     assert found["hits"] + found["device_walks"] == found["device_accesses"]
     assert strategy == "none" or misses == found["device_walks"]
@@ -97,7 +97,7 @@ def test_a_write_to_a_clean_page_is_denied_by_the_cache_and_sets_d() -> None:
     workload, leaf = one_page(events, clean)
     found = counters(workload, "generation")
     assert (found["miss_permission"], found["hits"]) == (1, 1)
-    assert check_mmio(workload, "generation").tables[leaf] & int(GPTE64.D)
+    assert check_workload(workload, "generation").tables[leaf] & int(GPTE64.D)
 
 
 def test_an_answer_that_was_true_since_the_flush_is_stale_not_wrong() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sizes import sized
 
-from bench.cells import check_mmio
+from bench.mmio_cache import check_workload
 from bench.workloads import BUNDLED_TRACE, trace_workload
 from fastmmu import ReplayError, Vm, load_replay
 from fastmmu._jit import JIT
@@ -25,7 +25,7 @@ SAMPLES = ("linux-boot", "fork-exec", "thp-split")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_bundled_boot_replays_as_recorded(strategy: str) -> None:
     records = sized(350_000, 100_000)
-    counters = check_mmio(trace_workload(BUNDLED_TRACE, records), strategy).counters
+    counters = check_workload(trace_workload(BUNDLED_TRACE, records), strategy).counters
     assert counters["records"] == records
     assert counters["device_accesses"] == np.load(BUNDLED_TRACE)["io"][:records].sum()
     assert counters["wrong"] == counters["stale_legal"] == counters["faults"] == 0
@@ -34,7 +34,7 @@ def test_the_bundled_boot_replays_as_recorded(strategy: str) -> None:
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_samples_replay_as_recorded(shared: Path, sample: str) -> None:
     path = shared / "data" / "samples" / f"excerpt-replay-{sample}-long.npz"
-    counters = check_mmio(trace_workload(path, sized(1 << 30, 10_000)), "generation").counters
+    counters = check_workload(trace_workload(path, sized(1 << 30, 10_000)), "generation").counters
     assert counters["wrong"] == counters["faults"] == 0
 
 
@@ -44,7 +44,7 @@ def test_samples_replay_as_recorded(shared: Path, sample: str) -> None:
 def test_whole_streams_replay_as_recorded(shared: Path, name: str, strategy: str) -> None:
     if not JIT:
         pytest.skip("millions of records need compiled code")
-    counters = check_mmio(trace_workload(shared / "data" / "replay" / f"{name}.npz"), strategy).counters
+    counters = check_workload(trace_workload(shared / "data" / "replay" / f"{name}.npz"), strategy).counters
     assert counters["wrong"] == counters["faults"] == 0
 
 

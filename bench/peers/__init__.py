@@ -1,0 +1,1 @@
+"""Other programs' walks, to measure against."""

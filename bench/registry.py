@@ -1,0 +1,17 @@
+"""The experiments, by name, in the order in which they run and are reported."""
+
+from __future__ import annotations
+
+from bench import access_checks, mmio_cache, replay_cost, walk_speed
+from bench.experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        mmio_cache.EXPERIMENT,
+        access_checks.EXPERIMENT,
+        replay_cost.EXPERIMENT,
+        walk_speed.EXPERIMENT,
+        walk_speed.THREADS,
+    )
+}

@@ -1,0 +1,89 @@
+"""Tables as text, and the numbers in them: ratios formed within rounds, medians, shares."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import pyperf
+from rich.table import Table as RichTable
+
+UNSTABLE = 0.30
+"""A middle half of the rounds wider than this share of the median is called unstable instead of given as a number."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text: title, column heads, rows, and a line of explanation."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+    def rich(self) -> RichTable:
+        """For the terminal."""
+        table = RichTable(title=self.title, title_justify="left")
+        for position, name in enumerate(self.head):
+            table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For files."""
+        align = ["---"] + ["---:"] * (len(self.head) - 1)
+        lines = [f"**{self.title}**", "", *("| " + " | ".join(cells) + " |" for cells in (self.head, align, *self.rows))]
+        return "\n".join(lines + (["", self.note] if self.note else [])) + "\n"
+
+
+def round_values(benchmark: pyperf.Benchmark) -> list[float]:
+    """Seconds per access, one value a round: the median of the round's worker."""
+    return [statistics.median(run.values) for run in benchmark.get_runs()]
+
+
+def ratio_text(plain: list[float], other: list[float], *, cost: bool) -> str:
+    """Ratio within each round, as median and middle half over rounds; `unstable` where that half is too wide."""
+    ratios = sorted(b / a if cost else a / b for a, b in zip(plain, other, strict=True))
+    median = statistics.median(ratios)
+    digits = 2 if median >= 0.1 else 4
+    if len(ratios) < 2:
+        return f"{median:.{digits}f}"
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    spread = f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"unstable {spread}" if high - low > UNSTABLE * median else f"{median:.{digits}f} {spread}"
+
+
+def best_ratio(plain: list[float], other: list[float]) -> str:
+    """The best ratio of any round."""
+    return f"{max(a / b for a, b in zip(plain, other, strict=True)):.2f}"
+
+
+def nanoseconds(values: list[float]) -> str:
+    """Median over rounds in ns."""
+    return f"{statistics.median(values) * 1e9:.2f}"
+
+
+def share(part: int, whole: int) -> str:
+    """A percentage."""
+    return f"{100 * part / whole:.2f} %" if whole else "-"
+
+
+def by_workload(suite: dict[str, pyperf.Benchmark]) -> dict[str, dict[str, dict[str, pyperf.Benchmark]]]:
+    """Benchmarks by workload, strategy and metric, in the order of the file."""
+    found: dict[str, dict[str, dict[str, pyperf.Benchmark]]] = {}
+    for name, benchmark in suite.items():
+        _, workload, strategy, metric = name.split("/")
+        found.setdefault(workload, {}).setdefault(strategy, {})[metric] = benchmark
+    return found
+
+
+def rates(counters: dict[str, int]) -> tuple[str, str]:
+    """Hit rate and walks per device access."""
+    devices = counters["device_accesses"]
+    return share(counters["hits"], devices), f"{counters['device_walks'] / devices:.4f}" if devices else "-"
+
+
+def counts(counters: dict[str, int], *names: str) -> tuple[str, ...]:
+    """Counters as text."""
+    return tuple(f"{counters[name]:,}" for name in names)
