@@ -170,6 +170,55 @@ def test_a_quick_run_writes_suites_that_pyperf_reads(tmp_path: Path) -> None:
 
 
 @compiled_only
+def test_the_trace_is_checked_whatever_is_timed_on_it(tmp_path: Path) -> None:
+    with np.load(BUNDLED_TRACE) as archive:
+        columns = {name: archive[name] for name in archive.files}
+    columns["gpa"] = columns["gpa"].copy()
+    columns["gpa"][7] ^= np.uint64(0x1000)
+    np.savez(tmp_path / "wrong.npz", **columns)
+    run = bench("--quick", "--only", "replay", "--trace", str(tmp_path / "wrong.npz"), "--output", str(tmp_path / "out"))
+    assert run.returncode == 2 and "column gpa, record 7: " in run.stderr and run.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@compiled_only
+def test_a_timed_run_that_delivers_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from bench import suite
+    from bench.registry import EXPERIMENTS
+
+    cell = Cell("replay", "linux-boot", "walk")
+    one = suite.Suite(Context(BUNDLED_TRACE, 1_000), [cell], Console(quiet=True))
+    one.checked[cell] = EXPERIMENTS["replay"].check(one.context, cell)
+    assert one.plan(cell).digest == one.checked[cell].expected
+    monkeypatch.setattr("bench.suite.calibrate", lambda cell, work: Plan(cell, 1, 12345))
+    with pytest.raises(CheckError, match="came to digest 0x3039"):
+        one.plan(cell)
+
+
+@compiled_only
+@pytest.mark.parametrize("peer", ["c", "bound", "scalar", "many", "unicorn", "volatility3"])
+def test_every_peer_of_the_walk_comes_to_the_same(peer: str) -> None:
+    from bench import walk_speed
+
+    cell, context = Cell("walk", "1gib", peer), Context(BUNDLED_TRACE, None)
+    if reason := walk_speed.why_not(context, cell):
+        pytest.skip(reason)
+    expected = walk_speed.expected(walk_speed.guest("1gib"), peer)
+    work = walk_speed.timed(context, cell)
+    work.run(1)
+    assert work.digest() == expected
+
+
+def test_output_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        run = bench("--quick", "--output", str(output), timeout=10)
+        assert run.returncode == 2 and "cannot be written" in run.stderr and run.stderr.count("\n") == 1
+
+
+@compiled_only
 def test_a_worker_that_comes_to_another_digest_is_an_error(tmp_path: Path) -> None:
     plan = Plan(Cell("mmio-cache", "linux-boot", "none"), 1, 12345)
     with pytest.raises(WorkerError, match="came to digest"):

@@ -181,3 +181,42 @@ def test_every_counter_is_an_int_by_name() -> None:
     found = counters(SMALL_WORKLOADS[0](), "generation")
     assert set(found) == {stat.name.lower() for stat in Stat}
     assert found["device_accesses"] == found["records"] == 2 * REPEATS + 1
+
+
+def test_a_denied_access_between_is_no_flush() -> None:
+    """The fault that a denied access raises is not the guest's demand to forget: what follows is stale, not wrong."""
+    workload, leaf = one_page(EventList())
+    events = EventList().device(GVA, READ).store(leaf, DEVICE_B | LEAF_FLAGS).device(GVA, READ | USER).device(GVA, READ)
+    workload = Workload("test", workload.cpu, workload.slots, workload.tables, events.array())
+    assert (counters(workload, "gva-only")["stale_legal"], counters(workload, "gva-only")["wrong"]) == (1, 0)
+    assert counters(workload, "generation")["clears"] == 1
+
+
+def test_a_permission_fault_of_a_memory_access_clears_too() -> None:
+    """Facts 4.5: whatever access the injected fault is for."""
+    events = EventList().device(GVA, READ).access(GVA, READ | USER).device(GVA, READ)
+    assert counters(one_page(events)[0], "generation")["miss_cleared"] == 1
+    assert counters(one_page(events)[0], "gva-only")["hits"] == 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_a_fetch_is_never_answered_by_the_cache(strategy: str) -> None:
+    events = EventList().device(GVA, READ).device(GVA, 0x10)
+    found = counters(one_page(events)[0], strategy)
+    assert (found["hits"], found["miss_permission"], found["faults"]) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("address", [1 << 50, 0x9999_0000, 0x100_0004])
+def test_stores_outside_the_tables_are_refused(address: int) -> None:
+    workload, _ = one_page(EventList().store(address, 7))
+    with pytest.raises(ValueError, match="store to"):
+        Vm(workload, MMIO_CACHE.strategies[0])
+
+
+def test_tables_outside_memory_are_refused() -> None:
+    workload, _ = one_page(EventList().device(GVA, READ))
+    for tables in ({1 << 40: np.zeros(512, np.uint64)}, {-1: np.zeros(512, np.uint64)}, {0x100: np.zeros(5, np.uint64)}):
+        with pytest.raises(ValueError, match="table at gfn"):
+            Vm(Workload("x", workload.cpu, workload.slots, tables, workload.events), MMIO_CACHE.strategies[0])
+    with pytest.raises(ValueError, match="expected EVENT rows"):
+        Vm(Workload("x", workload.cpu, workload.slots, workload.tables, np.zeros(3)), MMIO_CACHE.strategies[0])

@@ -122,9 +122,36 @@ BAD = {
     "memslots overlap": (lambda c: meta(c, memslots=[[0, 8192, "ram"], [4096, 12288, "ram"]]), "overlap"),
     "memslots kind": (lambda c: meta(c, memslots=[[0, 8192, "tape"]]), "'ram' | 'rom'"),
     "device range": (lambda c: meta(c, mmio_ranges=[[9, 1, "x"]]), "column meta: mmio_ranges holds"),
+    "device over memory": (
+        lambda c: meta(c, mmio_ranges=[[0, 1 << 20, "all"]]),
+        "column meta: mmio_ranges: all .* overlaps memslot",
+    ),
+    "memory beyond reason": (
+        lambda c: meta(c, memslots=[[0, 1 << 51, "ram"]], mmio_ranges=[]),
+        "column meta: memslots: cannot reserve",
+    ),
+    "no record": (
+        lambda c: {**c, **{n: c[n][:0] for n in ("gva", "gpa", "kind", "io", "count", "level", "prot", "size")}},
+        "no record",
+    ),
+    "size": (lambda c: changed(c, "size", setter(3, 255)), "column size, record 3"),
+    "count": (lambda c: changed(c, "count", setter(3, 0)), "column count, record 3: 0, expected at least 1"),
+    "store level": (lambda c: changed(c, "pt_level", setter(3, 9)), "column pt_level, record 3"),
+    "store of a bad pointer": (
+        lambda c: store_pointer(c, 0xFED00000),
+        "column pt_value, record 0: points to 0xfed00000, in device range hpet",
+    ),
+    "store of a pointer to itself": (
+        lambda c: store_pointer(c, int(c["pt_gpa"][0])),
+        "column pt_value, record 0: .*the table itself",
+    ),
     "levels": (lambda c: meta(c, paging_levels=3), "paging_levels is 3, expected 4 or 5"),
     "cr3 text": (lambda c: meta(c, cr3_start="0x1000"), "cr3_start is '0x1000', expected"),
 }
+
+
+def store_pointer(columns: Columns, target: int) -> Columns:
+    return changed(changed(columns, "pt_level", setter(0, 4)), "pt_value", setter(0, target & ~0xFFF | 0x67))
 
 
 def cr3_event(columns: Columns) -> Columns:

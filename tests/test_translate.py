@@ -125,6 +125,11 @@ def test_non_canonical_addresses_are_no_page_faults(cr4: int, width: int, sign_e
     assert not many.ok.any()
     assert (many.level[:400] > 0).all() and (many.pferr[:400] == fastmmu.WRITE).all()
     assert (many.level[400:] == 0).all() and (many.pferr[400:] == 0).all() and (many.gpa == 0).all()
+    for table in range(0x1000, 0x1000 * (5 if cr4 == 0x20 else 6), 0x1000):  # now address 0 is mapped, by a plain walk
+        ram.words[table >> 3] = table + 0x1000 | 0x67
+    alias = 1 << width  # differs from address 0 in ignored bits only
+    assert fastmmu.translate(ram, cpu, 0).ok and fastmmu.translate(ram, cpu, alias) == (False, 0, 0, 0, 0)
+    assert fastmmu.translate_many(ram, cpu, [0, alias] * 300).ok.tolist() == [True, False] * 300
 
 
 def test_addresses_wider_than_32_bits_outside_long_mode() -> None:
