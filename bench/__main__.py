@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import re
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from bench.interrupts import Interrupted, install
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS, QUICK_ROUNDS, RIGOROUS_ROUNDS = 7, 3, 25
 QUICK_RECORDS = 75_000  # the Linux boot of the repository touches its first device at record 53,191
 COMMITTED_NAME = re.compile(r"\d{4}-\d{2}-\d{2}-")  # of a results folder that SUMMARY.md and README.md are made from
-USAGE_ERROR, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 2, 1, 2, 130
+USAGE_ERROR, CHECK_FAILED, BAD_INPUT = 2, 1, 2
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -102,16 +103,10 @@ def run(options: Options) -> int:
     return 0
 
 
-def stop(signum: int, frame: object) -> None:
-    """Turn a signal into an exit, so that `finally` clauses stop workers and remove temporary files."""
-    sys.exit(128 + signum)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: errors become one line and an exit status."""
     try:
-        for signum in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, stop)
+        install()
         args = parse(arguments)
         from bench.experiment import CheckError
         from bench.results import ResultError
@@ -128,8 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
             message, status = str(error), CHECK_FAILED
         except OSError as error:
             message, status = f"{error.filename or 'output'}: {error.strerror or error}", BAD_INPUT
-    except KeyboardInterrupt:
-        message, status = "interrupted", INTERRUPTED
+    except Interrupted as error:
+        message, status = f"interrupted ({error})", error.status
     print(f"error: {message}", file=sys.stderr)
     return status
 

@@ -16,12 +16,12 @@ from bench.tables import Table, by_workload, counts, nanoseconds, ratio_text, ro
 from fastmmu import Cpu, GuestMemory
 from fastmmu.access_checks import Check, Method, check_accesses
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, PFERR, WORDS_PER_PAGE
+from fastmmu.processor import mmu_of
 from fastmmu.reference import access_checks as reference
 from fastmmu.reference.walk import Memory, Translation, Walker
 from fastmmu.state import TRAIL_LENGTH
 from fastmmu.strategy import ACCESS_CHECKS
 from fastmmu.trace import load_snapshot
-from fastmmu.translate import mmu_of
 
 SNAPSHOTS = ("linux-boot", "fork-exec")
 MATRIX = {"matrix-wp1": True, "matrix-wp0": False}

@@ -11,9 +11,10 @@ from bench.results import counters_of
 from bench.tables import Table, by_workload, counts, nanoseconds, ratio_text, round_values
 from fastmmu.bits import ONE
 from fastmmu.events import EVENT, Op
+from fastmmu.processor import load_registers
 from fastmmu.state import Digest, Reg
 from fastmmu.strategy import MMIO_CACHE
-from fastmmu.vm import Vm, load_registers
+from fastmmu.vm import Vm
 from fastmmu.walk import ALL_ONES, look_addresses, walk_addresses
 
 NAME = "replay"

@@ -18,6 +18,7 @@ from pathlib import Path
 import pyperf
 
 from bench.experiment import Cell, Context, Timed
+from bench.interrupts import checkpoint
 
 VALUE_SECONDS = 0.02
 """What one value should last: a few hundred runs of the device stream, far above the clock's resolution."""
@@ -115,6 +116,7 @@ def measure(plans: list[Plan], rounds: int, context: Context, advance: Callable[
     with tempfile.TemporaryDirectory(prefix="fastmmu-bench-") as folder:
         for _ in range(rounds):
             for plan in plans:
+                checkpoint()
                 runs[plan.cell].append(run_worker(plan, context, Path(folder)))
                 advance()
     return runs

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.experiment import Cell, Checked, CheckError, Context
+from bench.interrupts import checkpoint
 from bench.registry import EXPERIMENTS
 from bench.report import tables_of
 from bench.results import count_benchmarks, counter_metadata, public_run, write_suites
@@ -56,6 +57,7 @@ class Suite:
         with compiling(self.timed_cells, self.context), self.progress() as progress:
             task = progress.add_task("checking against the reference", total=len(self.cells))
             for cell in self.cells:
+                checkpoint()
                 progress.update(task, description=f"checking {cell.name}")
                 self.checked[cell] = EXPERIMENTS[cell.experiment].check(self.context, cell)
                 progress.advance(task)
@@ -99,6 +101,7 @@ class Suite:
         Raises:
             CheckError: it is not.
         """
+        checkpoint()
         plan = calibrate(cell, EXPERIMENTS[cell.experiment].timed(self.context, cell))
         expected = self.checked[cell].expected
         if plan.digest != expected:
@@ -111,6 +114,7 @@ class Suite:
         Raises:
             ResultError: the folder cannot be written.
         """
+        checkpoint()
         suites: dict[str, list[pyperf.Benchmark]] = {}
         for cell in self.cells:
             benchmarks = suites.setdefault(cell.experiment, [])

@@ -20,8 +20,8 @@ from bench.tables import Table, best_ratio, by_workload, nanoseconds, ratio_text
 from fastmmu import WRITE, Cpu, GuestMemory, Translations, translate_many
 from fastmmu.bits import CR0, CR4, EFER, GPTE64
 from fastmmu.paging import reserved_masks
+from fastmmu.processor import mmu_of
 from fastmmu.state import TRAIL_LENGTH
-from fastmmu.translate import mmu_of
 from fastmmu.walk import walk_column
 
 NAME, THREADS_NAME = "walk", "threads"

@@ -3,13 +3,13 @@
 from fastmmu.explain import explain
 from fastmmu.memory import GuestMemory
 from fastmmu.paging import Cpu
+from fastmmu.processor import GeneralProtection
 from fastmmu.trace import TraceError, load_replay
 from fastmmu.translate import (
     FETCH,
     IMPLICIT,
     USER,
     WRITE,
-    GeneralProtection,
     Translation,
     Translations,
     translate,

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastmmu.explain import explain
+from fastmmu.processor import GeneralProtection
 from fastmmu.trace import TraceError, load_snapshot
 from fastmmu.trace.npz import MAXPHYADDR
-from fastmmu.translate import FETCH, USER, WRITE, GeneralProtection, checked_gva, translate_many
+from fastmmu.translate import FETCH, USER, WRITE, checked_gva, translate_many
 
 FAULTED, BAD_INPUT = 1, 2
 

@@ -21,8 +21,9 @@ from fastmmu.paging import (
     key_rights,
     reserved_masks,
 )
+from fastmmu.processor import GeneralProtection, load_pdptes, mmu_of
 from fastmmu.state import Reg
-from fastmmu.translate import GeneralProtection, checked_access, checked_gva, load_pdptes, mmu_of
+from fastmmu.translate import checked_access, checked_gva
 
 MODES = {Mode.TWO_LEVEL: TWO_LEVEL, Mode.PAE: PAE, Mode.LONG4: LONG4, Mode.LONG5: LONG5}
 MODE_NAMES = {

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from fastmmu.batch import BLOCK, LANES, translate_all
-from fastmmu.bits import GPTE64, PFERR
+from fastmmu.bits import PFERR
 from fastmmu.memory import GuestMemory
-from fastmmu.paging import Cpu, Mode, pdpte_reserved, permission_bytes, plain_checks, reserved_masks
-from fastmmu.state import TRAIL_LENGTH, MmuState, Reg, Scratch
-from fastmmu.vm import load_registers
+from fastmmu.paging import Cpu
+from fastmmu.processor import mmu_of
+from fastmmu.state import TRAIL_LENGTH, Scratch
 
 WRITE, USER, FETCH, IMPLICIT = (int(mask) for mask in (PFERR.W, PFERR.U, PFERR.F, PFERR.IMPLICIT))
 ACCESS_BITS = WRITE | USER | FETCH | IMPLICIT
-
-
-class GeneralProtection(ValueError):
-    """CR3 cannot be loaded: a present PDPTE of PAE paging sets reserved bits, and the processor answers with #GP."""
 
 
 class Translation(NamedTuple):
@@ -47,45 +42,6 @@ class Translations(NamedTuple):
     level: np.ndarray
     access: np.ndarray
     pferr: np.ndarray
-
-
-@lru_cache(maxsize=64)
-def _tables_of(cpu: Cpu) -> MmuState:
-    reg = np.zeros(len(Reg), np.uint64)
-    load_registers(reg, cpu)
-    return MmuState(reg, reserved_masks(cpu), permission_bytes(cpu), plain_checks(cpu))
-
-
-def load_pdptes(ram: GuestMemory, cpu: Cpu) -> list[int]:
-    """The four PDPTEs that a load of CR3 reads under PAE paging, 0 where CR3 points outside memory (facts 1.7).
-
-    Raises:
-        GeneralProtection: a present one sets reserved bits.
-    """
-    table = cpu.cr3 & 0xFFFF_FFE0
-    in_memory = any(start <= table < end for start, end, kind in ram.slots if kind != "device")
-    pdptes = ram.words[table >> 3 : (table >> 3) + 4].tolist() if in_memory else [0, 0, 0, 0]
-    for number, pdpte in enumerate(pdptes):
-        bad = pdpte & pdpte_reserved(cpu)
-        if pdpte & int(GPTE64.P) and bad:
-            raise GeneralProtection(f"CR3 {cpu.cr3:#x} cannot be loaded: PDPTE {number}, {pdpte:#x}, sets reserved bits {bad:#x}")
-    return pdptes
-
-
-def mmu_of(ram: GuestMemory, cpu: Cpu) -> MmuState:
-    """Processor state after a load of `cpu`'s registers.
-
-    Raises:
-        ValueError: not a GuestMemory and a Cpu; GeneralProtection as `load_pdptes`.
-    """
-    if not isinstance(ram, GuestMemory) or not isinstance(cpu, Cpu):
-        raise ValueError(f"expected a GuestMemory and a Cpu, not {type(ram).__name__} and {type(cpu).__name__}")
-    mmu = _tables_of(cpu)
-    if cpu.mode == Mode.PAE:
-        reg = mmu.reg.copy()
-        reg[Reg.PDPTE0 : Reg.PDPTE3 + 1] = load_pdptes(ram, cpu)
-        mmu = mmu._replace(reg=reg)
-    return mmu
 
 
 def checked_gva(gva: object) -> int:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastmmu.bits import CR0, CR4, GPTE64, PAGE_SHIFT, PAGE_SIZE, PFERR, WORDS_PER_PAGE
+from fastmmu.bits import PAGE_SHIFT, PAGE_SIZE, PFERR, WORDS_PER_PAGE
 from fastmmu.events import EVENT, Op
+from fastmmu.explain import explain_walk
 from fastmmu.memory import GuestMemory, Slot
-from fastmmu.paging import Cpu, Mode, alignment_check, key_rights, permission_bytes, plain_checks, reserved_masks
+from fastmmu.paging import Cpu
+from fastmmu.processor import load_registers, make_state
 from fastmmu.replay import replay
-from fastmmu.state import TRAIL_LENGTH, Digest, MmuState, Reg, Stat, VmState
+from fastmmu.state import Digest, Reg, Stat
 from fastmmu.strategy import Strategy
 
 
@@ -110,8 +112,6 @@ class Vm:
         return dict(zip(gpas.tolist(), words[rows, columns].tolist(), strict=True))
 
     def _describe(self, event: np.void) -> str:
-        from fastmmu.explain import explain_walk
-
         access, gva = int(event["access"]), int(event["address"])
         kind = "fetch" if access & int(PFERR.F) else "write" if access & int(PFERR.W) else "read"
         walk = explain_walk(self.memory, self.workload.cpu, int(self.state.mmu.reg[Reg.CR3]), gva, access)
@@ -140,23 +140,3 @@ def check_workload(workload: Workload, memory: GuestMemory) -> None:
     if len(bad):
         address = int(stores["address"][bad[0]])
         raise ValueError(f"workload {workload.name}: store to {address:#x}: expected a multiple of 8 in one of its page tables")
-
-
-def make_state(memory: GuestMemory, cpu: Cpu) -> VmState:
-    """State of a vCPU with these registers on that memory, as kernels take it."""
-    reg = np.zeros(len(Reg), np.uint64)
-    load_registers(reg, cpu)
-    mmu = MmuState(reg, reserved_masks(cpu), permission_bytes(cpu), plain_checks(cpu))
-    return VmState(memory.state, mmu, np.zeros(TRAIL_LENGTH, np.uint64))
-
-
-def load_registers(reg: np.ndarray, cpu: Cpu) -> None:
-    """Set uint64[len(Reg)] from the processor's registers."""
-    reg[:] = 0
-    reg[Reg.CR3] = cpu.cr3
-    reg[Reg.MODE] = cpu.mode
-    reg[Reg.AC] = alignment_check(cpu)
-    reg[Reg.PFERR_ACCESS] = cpu.reported_access
-    reg[Reg.LARGE] = GPTE64.PS if cpu.mode != Mode.TWO_LEVEL or cpu.cr4 & int(CR4.PSE) else 0
-    reg[Reg.PKRU], reg[Reg.PKRS] = key_rights(cpu)
-    reg[Reg.WP] = bool(cpu.cr0 & int(CR0.WP))

@@ -9,9 +9,9 @@ import numpy as np
 from fastmmu import Cpu, GuestMemory
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, PFERR, RFLAGS
 from fastmmu.paging import Mode
+from fastmmu.processor import mmu_of
 from fastmmu.reference.walk import Memory
 from fastmmu.state import TRAIL_LENGTH, VmState
-from fastmmu.translate import mmu_of
 
 PAGES = 40
 ROM_PAGES = (32, 36)  # of the pages, these are read-only

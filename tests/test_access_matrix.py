@@ -17,9 +17,9 @@ from fastmmu import Cpu, GuestMemory, explain
 from fastmmu._jit import kernel
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, PFERR, RFLAGS
 from fastmmu.paging import Mode
+from fastmmu.processor import mmu_of
 from fastmmu.reference.walk import Memory, Walker
 from fastmmu.state import TRAIL_LENGTH
-from fastmmu.translate import mmu_of
 from fastmmu.walk import walk_exact, walk_gva
 
 P, W, U, A, D, PS, NX = (int(getattr(GPTE64, name)) for name in ("P", "W", "U", "A", "D", "PS", "NX"))

@@ -14,9 +14,9 @@ from fastmmu import Cpu, GuestMemory
 from fastmmu._jit import JIT, fetch_and, fetch_or, kernel
 from fastmmu.bits import ACC, GPTE64, ONE, PFERR
 from fastmmu.paging import Mode, permission_bytes
+from fastmmu.processor import make_state
 from fastmmu.reference.walk import Memory, Walker
 from fastmmu.state import Reg
-from fastmmu.vm import make_state
 from fastmmu.walk import walk_gva
 
 P, W, U, A, D, PS, NX = (int(getattr(GPTE64, name)) for name in ("P", "W", "U", "A", "D", "PS", "NX"))
