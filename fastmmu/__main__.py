@@ -65,12 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         return translate_command(args)
-    except (TraceError, GeneralProtection, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    except TraceError as error:
+        message = str(error)
+    except (GeneralProtection, MemoryError) as error:
+        message = f"{args.snapshot}: {error}"
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing is left to say
         return 0
+    print(f"error: {message}", file=sys.stderr)
+    return BAD_INPUT
 
 
 if __name__ == "__main__":

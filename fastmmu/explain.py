@@ -137,6 +137,8 @@ class _Walk:
         granted += [] if self.entries_with(GPTE64.NX, clear=False) else ["fetch"]
         who = "supervisor only" if self.entries_with(GPTE64.U, clear=True) else "user and supervisor"
         answer = f"gpa {gpa:#x}, in a {page_size(self.mode, level)} page; entries grant {', '.join(['read', *granted])}; {who}"
+        if "write" in granted and not gpte & int(GPTE64.D) and not self.access & int(PFERR.W):
+            answer += "; D is clear, so that no write access is reported"
         return Explanation(tuple(self.steps), answer, gpa)
 
     def denial(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastmmu._jit import kernel
 from fastmmu.bits import PAGE_SIZE, PHYSICAL_BITS, PHYSICAL_LIMIT
+from fastmmu.checks import checked_int
 from fastmmu.state import NO_SLOT, SLOT, MemoryState, SlotKind
 
 MAP_NORESERVE = 0x4000  # Linux x86-64; the mmap module of Python 3.11 has no name for it
@@ -35,15 +36,21 @@ def check_slots(slots: Iterable[Slot], size: int) -> list[Slot]:
     Raises:
         ValueError: not such triples, an empty or unaligned range, memory beyond `size`, or two slots that overlap.
     """
+    try:
+        rows = list(slots)
+    except TypeError:
+        raise ValueError(f"slots: {slots!r}, expected a list of (start, end, 'ram' | 'rom' | 'device')") from None
     checked = []
-    for slot in slots:
+    for slot in rows:
         try:
             start, end, kind = slot
-            start, end, kind = int(start), int(end), SlotKind[kind.upper()].name.lower()
+            kind = SlotKind[kind.upper()].name.lower()
         except (TypeError, ValueError, KeyError, AttributeError):
             raise ValueError(f"slot {slot!r}: expected (start, end, 'ram' | 'rom' | 'device')") from None
-        if not 0 <= start < end <= PHYSICAL_LIMIT:
-            raise ValueError(f"slot {slot!r}: expected 0 <= start < end <= 2^{PHYSICAL_BITS}")
+        bounds = f"ints, 0 <= start < end <= 2^{PHYSICAL_BITS}"
+        start, end = (checked_int(value, 0, PHYSICAL_LIMIT, f"slot {slot!r}", bounds) for value in (start, end))
+        if start >= end:
+            raise ValueError(f"slot {slot!r}: expected {bounds}")
         if kind != "device":
             if start % PAGE_SIZE or end % PAGE_SIZE:
                 raise ValueError(f"slot {slot!r}: expected bounds that are multiples of {PAGE_SIZE}")
@@ -71,13 +78,24 @@ class GuestMemory:
     """
 
     def __init__(self, size: int) -> None:
-        if not isinstance(size, (int, np.integer)) or size <= 0 or size % PAGE_SIZE:
-            raise ValueError(f"size of guest memory: {size!r}, expected a positive multiple of {PAGE_SIZE} bytes")
-        self.size = int(size)
+        expected = f"a positive multiple of {PAGE_SIZE} bytes, up to 2^{PHYSICAL_BITS}"
+        self.size = checked_int(size, 1, PHYSICAL_LIMIT, "size of guest memory", expected)
+        if self.size % PAGE_SIZE:
+            raise ValueError(f"size of guest memory: {size!r}, expected {expected}")
         self._mapping = reserve(self.size)
-        self.words = np.frombuffer(self._mapping, np.uint64)
-        self._halves = self.words.view(np.uint32)
+        self._words = np.frombuffer(self._mapping, np.uint64)
+        self._halves = self._words.view(np.uint32)
         self.slots = [(0, self.size, "ram")]
+
+    @property
+    def words(self) -> np.ndarray:
+        """The memory itself; write into it, it cannot be replaced."""
+        return self._words
+
+    @words.setter
+    def words(self, words: np.ndarray) -> None:
+        if words is not self._words:  # `ram.words |= ...` assigns the array to itself
+            raise ValueError("ram.words cannot be replaced; write into it: ram.words[:] = ...")
 
     @property
     def slots(self) -> list[Slot]:
@@ -91,7 +109,7 @@ class GuestMemory:
         rows = np.zeros(max(1, len(memory)), SLOT)  # without any slot: one row that holds no address
         for row, (start, end, kind) in zip(rows, memory, strict=False):
             row["start"], row["end"], row["kind"] = start, end, SlotKind[kind.upper()]
-        self.state = MemoryState(self.words, self._halves, rows, np.int64(rows[0]["start"]), rows[0]["end"] - rows[0]["start"])
+        self.state = MemoryState(self._words, self._halves, rows, np.int64(rows[0]["start"]), rows[0]["end"] - rows[0]["start"])
 
     def advise_huge(self, start: int, end: int) -> None:
         """Ask the host for huge pages under [start, end), bytes: fewer misses of the host's own TLB over large tables."""

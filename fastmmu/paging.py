@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmmu.bits import ACC, CR0, CR4, EFER, GPTE32, GPTE64, PFERR, PHYSICAL_BITS, RFLAGS, bit, field
+from fastmmu.checks import WORD, checked_flag, checked_int
 
 
 class Mode(IntEnum):
@@ -72,13 +73,11 @@ class Cpu:
 
     def __post_init__(self) -> None:
         for name in REGISTERS:
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < 1 << 64:
-                raise ValueError(f"{name}: {value!r}, expected an int from 0 to 2^64 - 1")
-            object.__setattr__(self, name, int(value))
-        width = self.maxphyaddr
-        if not isinstance(width, (int, np.integer)) or not 36 <= width <= PHYSICAL_BITS:
-            raise ValueError(f"maxphyaddr: {width!r}, expected an int from 36 to {PHYSICAL_BITS}")
+            object.__setattr__(self, name, checked_int(getattr(self, name), 0, WORD, name, "an int from 0 to 2^64 - 1"))
+        width = checked_int(self.maxphyaddr, 36, PHYSICAL_BITS, "maxphyaddr", f"an int from 36 to {PHYSICAL_BITS}")
+        object.__setattr__(self, "maxphyaddr", width)
+        for name in ("page_1g", "amd"):
+            object.__setattr__(self, name, checked_flag(getattr(self, name), name))
         if self.cr0 & int(CR0.PG) and self.efer & int(EFER.LMA | EFER.LME) and not self.cr4 & int(CR4.PAE):
             raise ValueError(f"cr4={self.cr4:#x} efer={self.efer:#x}: expected CR4.PAE with paging in long mode")
 

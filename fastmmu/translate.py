@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmmu.batch import BLOCK, LANES, translate_all
 from fastmmu.bits import PFERR
+from fastmmu.checks import WORD, checked_int
 from fastmmu.memory import GuestMemory
 from fastmmu.paging import Cpu
 from fastmmu.processor import mmu_of
@@ -16,6 +17,7 @@ from fastmmu.state import TRAIL_LENGTH, Scratch
 
 WRITE, USER, FETCH, IMPLICIT = (int(mask) for mask in (PFERR.W, PFERR.U, PFERR.F, PFERR.IMPLICIT))
 ACCESS_BITS = WRITE | USER | FETCH | IMPLICIT
+EXPECTED_ACCESS = "0 or WRITE, USER, FETCH, IMPLICIT or-ed"
 
 
 class Translation(NamedTuple):
@@ -50,9 +52,7 @@ def checked_gva(gva: object) -> int:
     Raises:
         ValueError: not an integer from 0 to 2^64 - 1.
     """
-    if not isinstance(gva, (int, np.integer)) or isinstance(gva, (bool, np.bool_)) or not 0 <= gva < 1 << 64:
-        raise ValueError(f"gva: {gva!r}, expected an int from 0 to 2^64 - 1")
-    return int(gva)
+    return checked_int(gva, 0, WORD, "gva", "an int from 0 to 2^64 - 1")
 
 
 def checked_access(access: object) -> int:
@@ -61,10 +61,10 @@ def checked_access(access: object) -> int:
     Raises:
         ValueError: bits other than WRITE, USER, FETCH, IMPLICIT.
     """
-    good = isinstance(access, (int, np.integer)) and not isinstance(access, (bool, np.bool_))
-    if not good or access < 0 or int(access) & ~ACCESS_BITS:
-        raise ValueError(f"access: {access!r}, expected 0 or WRITE, USER, FETCH, IMPLICIT or-ed")
-    return int(access)
+    value = checked_int(access, 0, ACCESS_BITS, "access", EXPECTED_ACCESS)
+    if value & ~ACCESS_BITS:
+        raise ValueError(f"access: {access!r}, expected {EXPECTED_ACCESS}")
+    return value
 
 
 def _column(values: object, check: Callable[[object], int], name: str) -> np.ndarray:
@@ -82,8 +82,9 @@ def _column(values: object, check: Callable[[object], int], name: str) -> np.nda
 
 def _accesses(access: object, length: int) -> np.ndarray:
     """uint64 of length 1 (for all) or `length`."""
-    if isinstance(access, (int, np.integer)) or np.ndim(access) == 0:  # type: ignore[arg-type]
-        return np.array([checked_access(access)], np.uint64)
+    if np.ndim(access) == 0:  # type: ignore[arg-type]
+        scalar = access[()] if isinstance(access, np.ndarray) else access
+        return np.array([checked_access(scalar)], np.uint64)
     column = _column(access, checked_access, "access")
     if len(column) != length:
         raise ValueError(f"access: length {len(column)}, expected {length} as of gvas")

@@ -39,6 +39,12 @@ def test_bad_sizes(size: object) -> None:
     [
         ([(0, 0x1000, "disk")], "expected"),
         ([(0, 0x1000)], "expected"),
+        (None, "expected a list"),
+        (5, "expected a list"),
+        ([(0, float("inf"), "device")], "expected ints"),
+        ([(0.5, 4096, "ram")], "expected ints"),
+        ([("4096", "8192", "ram")], "expected ints"),
+        ([(False, 4096, "ram")], "expected ints"),
         ([0], "expected"),
         ([(0x1000, 0x1000, "ram")], "start < end"),
         ([(-4096, 0x1000, "ram")], "start < end"),

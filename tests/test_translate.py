@@ -177,7 +177,7 @@ def test_half_words_are_exchanged_alone() -> None:
     assert int(ram.words[0x3000 >> 3]) == 0x5067 << 32
 
 
-@pytest.mark.parametrize("bad", [1.5, -1, 1 << 64, "x", None, True, [1]])
+@pytest.mark.parametrize("bad", [1.5, -1, 1 << 64, "x", None, True, [1], np.timedelta64(5), np.float64(1), np.bool_(True)])
 def test_bad_addresses(bad: object) -> None:
     ram, cpu = fastmmu.GuestMemory(4096), fastmmu.Cpu(**LONG)
     for function in (fastmmu.translate, fastmmu.explain):
@@ -217,6 +217,45 @@ def test_columns_of_any_integer_dtype_and_none_at_all() -> None:
     for bad in ((cpu, ram), (None, cpu), (ram, None)):
         with pytest.raises(ValueError, match="expected a GuestMemory and a Cpu"):
             fastmmu.translate(*bad, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.int64, np.uint64])
+def test_numpy_integers_are_integers(dtype: type) -> None:
+    """In every register and feature, in every mode; the answer is that of plain ints."""
+    ram = fastmmu.GuestMemory(np.int64(1 << 16))
+    ram.words[0x1000 >> 3] = 1 << 45 | 0x2067
+    for efer, cr4 in ((0xD00, 0x20), (0, 0x20), (0, 0)):
+        for width in (36, 45, 52):
+            registers = {**LONG, "efer": efer, "cr4": cr4}
+            cpu = fastmmu.Cpu(
+                **{name: np.uint64(value) for name, value in registers.items()}, maxphyaddr=dtype(width), amd=dtype(1)
+            )
+            assert cpu == fastmmu.Cpu(**registers, maxphyaddr=width, amd=True) and type(cpu.maxphyaddr) is int
+            outcomes = []
+            for one in (cpu, fastmmu.Cpu(**registers, maxphyaddr=width, amd=True)):
+                try:
+                    outcomes.append(
+                        (fastmmu.translate(ram, one, dtype(0), dtype(2)), fastmmu.explain(ram, one, dtype(0), dtype(2)))
+                    )
+                except fastmmu.GeneralProtection as error:
+                    outcomes.append(str(error))
+            assert outcomes[0] == outcomes[1]
+    assert fastmmu.translate_many(ram, cpu, np.zeros(3, dtype), np.array(2, dtype)).pferr.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("field", ["amd", "page_1g"])
+@pytest.mark.parametrize("bad", ["no", 2, None, [], np.zeros(2)])
+def test_bad_features(field: str, bad: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        fastmmu.Cpu(**LONG, **{field: bad})
+
+
+def test_words_cannot_be_replaced() -> None:
+    ram = fastmmu.GuestMemory(4096)
+    with pytest.raises(ValueError, match="write into it"):
+        ram.words = np.zeros(512, np.uint64)
+    ram.words |= np.uint64(5)
+    assert int(ram.words[7]) == 5
 
 
 def test_cpu_is_immutable_and_keyword_only() -> None:
@@ -290,7 +329,7 @@ def test_the_translate_command_on_nonsense(tmp_path: Path) -> None:
         (("translate", good, "zz"), "is no address"),
         (("translate", good, "1" * 17), "is no address"),
         (("translate", good), "GVA"),
-        (("translate", good, "0", "--cr3", "ff0000000"), "outside the pages of the snapshot"),
+        (("translate", good, "0", "--cr3", "ff0000000"), "is no page of the snapshot"),
         (("translate", good, "0", "--maxphyaddr", "99"), "maxphyaddr"),
         (("walk", good), "invalid choice"),
         (("translate", small_snapshot(tmp_path / "a.npz", gfn=np.zeros(4)), "0"), "column gfn"),
@@ -299,6 +338,16 @@ def test_the_translate_command_on_nonsense(tmp_path: Path) -> None:
         (("translate", small_snapshot(tmp_path / "d.npz", cr0=None), "0"), "column cr0 is missing"),
         (("translate", small_snapshot(tmp_path / "e.npz", cr4=np.zeros(2, np.uint64)), "0"), "column cr4"),
         (("translate", small_snapshot(tmp_path / "f.npz", cr4=np.uint64(0)), "0"), "registers: cr4"),
+        (
+            ("translate", small_snapshot(tmp_path / "g.npz", gfn=np.array([1, 2, 3, 1], np.uint64)), "0"),
+            "column gfn, record 3: 0x1, expected each",
+        ),
+        (
+            ("translate", small_snapshot(tmp_path / "h.npz", gfn=np.array([1, 2, 3, 1 << 39], np.uint64)), "0"),
+            "h.npz: column gfn: cannot reserve",
+        ),
+        (("translate", small_snapshot(tmp_path / "i.npz", efer=np.uint64(0)), "0"), "i.npz: CR3 0x1000 cannot be loaded"),
+        (("translate", good, "0", "--cr3", "5000"), "is no page of the snapshot"),
     ]
     for arguments, expected in cases:
         run = command(*arguments)

@@ -125,3 +125,11 @@ def within(addresses: np.ndarray, ranges: list[tuple[int, int, str]]) -> np.ndar
     for start, end, _ in ranges:
         inside |= (addresses >= np.uint64(start)) & (addresses < np.uint64(end))
     return inside
+
+
+def repeated(values: np.ndarray) -> np.ndarray:
+    """Which elements stand in the column a second time."""
+    order = np.argsort(values, kind="stable")
+    again = np.zeros(len(values), bool)
+    again[order[1:]] = values[order][1:] == values[order][:-1]
+    return again

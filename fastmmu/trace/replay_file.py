@@ -16,7 +16,7 @@ from fastmmu.bits import CR0, CR4, EFER, GPTE64, PAGE_SHIFT, PFERR, PHYSICAL_BIT
 from fastmmu.events import EVENT, Op
 from fastmmu.memory import Slot, check_slots, reserve
 from fastmmu.paging import Cpu
-from fastmmu.trace.npz import MAXPHYADDR, Reader, within
+from fastmmu.trace.npz import MAXPHYADDR, Reader, repeated, within
 from fastmmu.vm import Workload
 
 RECORD_COLUMNS = {"gva": "u8", "gpa": "u8", "kind": "u1", "io": "u1", "count": "u4", "level": "u1", "prot": "u1", "size": "u1"}
@@ -42,10 +42,7 @@ def _check_tables(reader: Reader, gfns: np.ndarray, levels: np.ndarray, words: n
         reader.fail(f"column start_words: {words.dtype} of shape {words.shape}, expected uint64 of ({len(gfns)}, {WORDS_PER_PAGE})")
     reader.fail_at("start_gfn", gfns >= np.uint64(1 << (PHYSICAL_BITS - 12)), gfns, "a guest frame number")
     reader.fail_at("start_gfn", ~within(gfns << PAGE_SHIFT, machine.ram), gfns, "a page in RAM")
-    order = np.argsort(gfns, kind="stable")
-    twice = np.zeros(len(gfns), bool)
-    twice[order[1:]] = gfns[order][1:] == gfns[order][:-1]
-    reader.fail_at("start_gfn", twice, gfns, "each table once")
+    reader.fail_at("start_gfn", repeated(gfns), gfns, "each table once")
     reader.fail_at("start_level", (levels < 1) | (levels > machine.levels), levels, f"1 to {machine.levels}")
     rows, columns = np.nonzero(words)
     _check_pointers(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmmu.bits import GPTE64, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_LIMIT, WORDS_PER_PAGE
+from fastmmu.bits import GPTE32, GPTE64, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_LIMIT, WORDS_PER_PAGE
 from fastmmu.memory import GuestMemory
-from fastmmu.paging import Cpu
-from fastmmu.trace.npz import MAXPHYADDR, Reader
+from fastmmu.paging import Cpu, Mode
+from fastmmu.trace.npz import MAXPHYADDR, Reader, repeated
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def load_snapshot(path: str | Path, *, cr3: int | None = None, maxphyaddr: int =
     if gfns.dtype != np.uint64 or gfns.ndim != 1 or not len(gfns):
         reader.fail(f"column gfn: {gfns.dtype} of shape {gfns.shape}, expected uint64, one for each table page")
     reader.fail_at("gfn", gfns >= np.uint64(PHYSICAL_LIMIT // PAGE_SIZE), gfns, "a guest frame number")
+    reader.fail_at("gfn", repeated(gfns), gfns, "each page once")
     halves = words.dtype == np.uint32
     shape = (len(gfns), WORDS_PER_PAGE * 2 if halves else WORDS_PER_PAGE)
     if words.dtype not in (np.uint32, np.uint64) or words.shape != shape:
@@ -46,15 +47,19 @@ def load_snapshot(path: str | Path, *, cr3: int | None = None, maxphyaddr: int =
     cr3s = reader.array("cr3")
     if cr3s.dtype.kind not in "ui" or cr3s.ndim != 1 or not len(cr3s) or (cr3s.dtype.kind == "i" and cr3s.min() < 0):
         reader.fail(f"column cr3: {cr3s.dtype} of shape {cr3s.shape}, expected unsigned integers, the active one first")
-    memory = GuestMemory((int(gfns.max()) + 1) << int(PAGE_SHIFT))
+    try:
+        memory = GuestMemory((int(gfns.max()) + 1) << int(PAGE_SHIFT))
+    except MemoryError as error:
+        reader.fail(f"column gfn: {error}")
     memory.words.reshape(-1, WORDS_PER_PAGE)[gfns] = np.ascontiguousarray(words).view(np.uint64)
     try:
         cpu = Cpu(cr0=cr0, cr3=int(cr3s[0]) if cr3 is None else cr3, cr4=cr4, efer=efer, maxphyaddr=maxphyaddr)
     except ValueError as error:
         reader.fail(f"registers: {error}")
-    if not any(start <= cpu.cr3 & int(GPTE64.ADDR) < end for start, end, _ in memory.slots):
+    root = cpu.cr3 & int(GPTE64.ADDR if cpu.mode in (Mode.LONG4, Mode.LONG5) else GPTE32.ADDR)
+    if cpu.mode != Mode.NONE and root >> int(PAGE_SHIFT) not in gfns:
         where = "column cr3, record 0" if cr3 is None else "--cr3"
-        reader.fail(f"{where}: {cpu.cr3:#x} lies outside the pages of the snapshot, expected one of {_roots(cr3s)}")
+        reader.fail(f"{where}: {cpu.cr3:#x} is no page of the snapshot, expected one of {_roots(cr3s)}")
     return Snapshot(memory, cpu, tuple(int(value) for value in cr3s))
 
 
