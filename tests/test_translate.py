@@ -177,7 +177,7 @@ def test_half_words_are_exchanged_alone() -> None:
     assert int(ram.words[0x3000 >> 3]) == 0x5067 << 32
 
 
-@pytest.mark.parametrize("bad", [1.5, -1, 1 << 64, "x", None, True, [1], np.timedelta64(5), np.float64(1), np.bool_(True)])
+@pytest.mark.parametrize("bad", [1.5, -1, 1 << 64, "x", None, True, [1], np.timedelta64(5, "s"), np.float64(1), np.bool_(True)])
 def test_bad_addresses(bad: object) -> None:
     ram, cpu = fastmmu.GuestMemory(4096), fastmmu.Cpu(**LONG)
     for function in (fastmmu.translate, fastmmu.explain):
