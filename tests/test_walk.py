@@ -136,6 +136,60 @@ def test_a_read_of_a_clean_page_grants_no_write() -> None:
     assert mapped.walk(USER)[3] & int(ACC.W)
 
 
+@pytest.mark.parametrize("accessed", [0, A | D], ids=["first", "plain"])
+@pytest.mark.parametrize(
+    ("rights", "access", "write_protect", "denied"),
+    [
+        (0b01, USER, True, True),  # AD: no data access
+        (0b01, 0, True, True),
+        (0b01, FETCH, True, False),  # fetches are exempt
+        (0b10, USER, True, False),  # WD: reads pass
+        (0b10, USER | WRITE, True, True),
+        (0b10, USER | WRITE, False, True),  # user writes whatever CR0.WP is
+        (0b10, WRITE, True, True),
+        (0b10, WRITE, False, False),  # supervisor writes only under CR0.WP
+    ],
+)
+@pytest.mark.parametrize("key", [0, 5])
+def test_protection_keys(key: int, rights: int, access: int, write_protect: bool, denied: bool, accessed: int) -> None:
+    """Facts 1.4.5: for user pages by PKRU, for supervisor pages by PKRS."""
+    cr0 = 0x8001_0001 if write_protect else 0x8000_0001
+    flags = {level: P | W | U | accessed for level in (4, 3, 2)}
+    for user, registers in ((U, {"pkru": rights << 2 * key}), (0, {"pkrs": rights << 2 * key})):
+        if not user and access & USER:
+            continue
+        leaf = {**flags, 1: P | W | user | accessed | key << 59}
+        mapped = Mapped(leaf, cr0=cr0, cr4=0x140_0020, **registers)
+        code = 0x21 | access & ~FETCH | (FETCH if access & FETCH else 0)
+        assert mapped.walk(access)[0] != denied and mapped.walk(access)[4] == (code if denied else 0)
+        assert Mapped(leaf, cr0=cr0, cr4=0x20, **registers).walk(access)[0], "without CR4.PKE and CR4.PKS nothing is denied"
+        others = {"pkru": registers.get("pkrs", 0), "pkrs": registers.get("pkru", 0)}
+        assert Mapped(leaf, cr0=cr0, cr4=0x140_0020, **others).walk(access)[0], "the other register rules other pages"
+
+
+@pytest.mark.parametrize("accessed", [0, A], ids=["first", "plain"])
+def test_features_decide_what_is_reserved(accessed: int) -> None:
+    """Facts 1.3: 1 GiB pages only where CPUID has them; bit 8 of PML4 entries on AMD alone; NX only with EFER.NX."""
+    flags = {level: P | W | U | accessed for level in (4, 3, 2, 1)}
+    large = {**flags, 3: P | W | U | PS | accessed}
+    for bits, expected in ((0, True), (1 << 12, True), (1 << 13, False), (1 << 29, False)):
+        mapped = Mapped({**large, 3: large[3] | bits})
+        mapped.memory.words[mapped.entry[3]] = 1 << 30 | bits | large[3]
+        assert mapped.walk(USER)[0] == expected
+        assert not expected or mapped.walk(USER)[1:3] == (1 << 30 | GVA & (1 << 30) - 1, 3)
+        mapped.state = make_state(mapped.memory, Cpu(**LONG, page_1g=False))
+        assert mapped.walk(USER) == (False, 0, 3, 0, 1 | 8 | USER)
+    for amd in (False, True):
+        mapped = Mapped({**flags, 4: flags[4] | 1 << 8})
+        mapped.state = make_state(mapped.memory, Cpu(**LONG, amd=amd))
+        assert mapped.walk(USER)[4] == (1 | 8 | USER if amd else 0)
+        lower = Mapped({level: bits | (1 << 8 if level < 4 else 0) for level, bits in flags.items()})
+        lower.state = make_state(lower.memory, Cpu(**LONG, amd=amd))
+        assert lower.walk(USER)[0]
+    for efer, code in ((0xD00, 0), (0x500, 1 | 8 | USER)):
+        assert Mapped({**flags, 2: flags[2] | NX}, efer=efer).walk(USER)[4] == code
+
+
 def test_tables_in_rom_keep_their_bits() -> None:
     mapped = Mapped()
     mapped.memory.slots = [(0, 0x4000, "ram"), (0x4000, 0x5000, "rom"), (0x5000, 1 << 20, "ram")]
