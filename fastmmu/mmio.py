@@ -17,8 +17,7 @@ def denied(generation, mmu, cached, access):
     """Whether the cached rights refuse `access`. Today the full permission table (facts 4.3.1); the patch as posted knew W and
     U only (facts 12, D3), and kernels ran with CR0.WP set."""
     if generation is None:
-        write_denied = access & PFERR.W != ZERO and cached & ACC.W == ZERO
-        return write_denied or (access & PFERR.U != ZERO and cached & ACC.U == ZERO)
+        return access & (PFERR.W | PFERR.U) & ~cached != ZERO  # W and U stand at the same places in both forms
     return permission_fault(mmu, cached, access)
 
 
