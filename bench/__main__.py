@@ -24,7 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
     parser.add_argument("--only", metavar="PATTERN", help="only cells whose name matches: a shell pattern, or a part of the name")
     effort = parser.add_mutually_exclusive_group()
-    effort.add_argument("--quick", action="store_true", help=f"first {QUICK_RECORDS:,} records, {QUICK_ROUNDS} rounds")
+    effort.add_argument("--quick", action="store_true", help=f"mmio-cache only, {QUICK_RECORDS:,} records, {QUICK_ROUNDS} rounds")
     effort.add_argument("--rigorous", action="store_true", help=f"{RIGOROUS_ROUNDS} rounds instead of {ROUNDS}")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="a replay file instead of the bundled Linux boot")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the result files (default: results/local)")

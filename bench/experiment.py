@@ -7,10 +7,11 @@ A cell is one strategy on one workload; its name is `experiment/workload/strateg
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyperf
 
@@ -72,6 +73,13 @@ class Context:
 
     trace: Path
     records: int | None
+    kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made when first asked for under that key: cells share what is checked once."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
     @cached_property
     def workload(self) -> Workload:
@@ -94,7 +102,7 @@ class Experiment:
     why_not: Callable[[Context, Cell], str]
     tables: Callable[[dict[str, pyperf.Benchmark]], list[Table]]
     by_default: bool = True
-    quick: bool = True  # part of --quick
+    quick: bool = True  # part of --quick, which has 20 s, compiling included
     rounds: int = 0  # at least so many, whatever the command line says
 
 

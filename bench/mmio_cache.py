@@ -66,7 +66,8 @@ def check_workload(workload: Workload, strategy: str) -> Outcome:
 
 def check(context: Context, cell: Cell) -> Checked:
     """Counters of a cell, proven against the reference."""
-    outcome = check_workload(workload_of(context, cell), cell.strategy)
+    workload = workload_of(context, cell)
+    outcome = context.once((workload.name, cell.strategy), lambda: check_workload(workload, cell.strategy))
     counters = outcome.counters
     everything = repr((sorted(counters.items()), sorted(outcome.digests.items()), sorted(outcome.tables.items())))
     return Checked(
