@@ -58,7 +58,7 @@ def permits(gpte, access, write_protect):
 
 @kernel
 def walk_levels(mem, mmu, stat, denied, gva, access, check):
-    """The walk of 2007: with `check` as the patch has it, without as before. Sets A on the way down.
+    """The walk of 2007: with `check` as the patch has it, without as before. Sets A on the way down; the tables must lie in RAM.
 
     Returns (walk, leaf gpte, AND of all entries); `denied` says that the architecture refuses the access, for the counters.
     """

@@ -33,7 +33,6 @@ EVENT_CR3, EVENT_INVLPG, EVENT_INVPCID = 1, 2, 3
 FLAG_STORE, FLAG_LINKED, FLAG_RELEASED = range(3)
 
 ACCESS_OF_KIND = np.array([0, PFERR.W, PFERR.F], np.uint8)
-KIND_NAMES = ("read", "write", "fetch")
 
 
 def _check_tables(reader: Reader, gfns: np.ndarray, levels: np.ndarray, words: np.ndarray, machine: _Machine) -> None:
