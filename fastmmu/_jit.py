@@ -22,6 +22,7 @@ import numpy as np
 from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
+from numba.core.registry import CPUDispatcher
 from numba.extending import intrinsic
 
 # Settings that change the code Numba makes. Bounds checking is missing from Numba's own cache key: a warm cache would silently
@@ -112,6 +113,28 @@ def kernel(function: Callable | None = None, *, inline: bool = False) -> Callabl
     with _numba_cache(CACHE_DIRECTORY):
         options = {"cache": CACHE_DIRECTORY is not None, "nogil": True, "error_model": "numpy", "_nrt": False}
         return numba.njit(forceinline=inline, **options)(function)
+
+
+def inner(function: Callable | None = None, *, inline: bool = False) -> Callable:
+    """Compile a function that only kernels call: as `kernel`, without a Python entry and without a place of its own on the disk.
+
+    For a tree of 190 functions over wide state that is a third of the compile time: 18 s against 29 s. Called from Python it raises
+    TypeError, where the JIT is on.
+    """
+    if function is None:
+        return lambda function: inner(function, inline=inline)
+    options = {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    dispatcher = numba.njit(forceinline=inline, **options)(function)
+    if JIT:
+        dispatcher.__class__ = _Inner  # else a call would jump to an entry that does not exist
+    return dispatcher
+
+
+class _Inner(CPUDispatcher):
+    """A dispatcher that refuses to be called from Python."""
+
+    def __call__(self, *args: object) -> None:
+        raise TypeError(f"{self.py_func.__name__}: a part of a kernel, expected to be called by kernels alone")
 
 
 # --- atomics ---------------------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ class Pferr(NamedTuple):
     RSVD: np.uint64 = bit(3)
     F: np.uint64 = bit(4)
     PK: np.uint64 = bit(5)
+    GUEST_FINAL: np.uint64 = bit(32)  # nested paging only: the final address of a guest walk
+    GUEST_PAGE: np.uint64 = bit(33)  # nested paging only: an entry of the guest's own tables
     IMPLICIT: np.uint64 = bit(48)  # software only: a supervisor access that no instruction asked for (SMAP ignores AC)
 
 
@@ -86,6 +88,67 @@ class Acc(NamedTuple):
 
 
 ACC = Acc()
+
+
+class NptSpte(NamedTuple):
+    """A shadow or NPT spte: what the processor walks under shadow paging and under AMD's nested paging (facts 3.1)."""
+
+    P: np.uint64 = bit(0)
+    W: np.uint64 = bit(1)
+    U: np.uint64 = bit(2)
+    A: np.uint64 = bit(5)
+    D: np.uint64 = bit(6)
+    PS: np.uint64 = bit(7)
+    HOST_WRITABLE: np.uint64 = bit(9)
+    MMU_WRITABLE: np.uint64 = bit(10)
+    MMU_PRESENT: np.uint64 = bit(11)
+    ADDR: np.uint64 = field(51, 12)
+    AD_DISABLED: np.uint64 = bit(52)
+    NX: np.uint64 = bit(63)
+    MMIO: np.uint64 = bit(51) | bit(0)  # a reserved address bit, and P so that the processor looks at it
+
+
+class EptSpte(NamedTuple):
+    """An EPT spte (facts 3.1; SDM volume 3, table 29-6)."""
+
+    R: np.uint64 = bit(0)
+    W: np.uint64 = bit(1)
+    X: np.uint64 = bit(2)
+    WRITE_BACK: np.uint64 = np.uint64(6 << 3)
+    PS: np.uint64 = bit(7)
+    A: np.uint64 = bit(8)
+    D: np.uint64 = bit(9)
+    MMU_PRESENT: np.uint64 = bit(11)
+    ADDR: np.uint64 = field(51, 12)
+    AD_DISABLED: np.uint64 = bit(52)
+    HOST_WRITABLE: np.uint64 = bit(57)
+    MMU_WRITABLE: np.uint64 = bit(58)
+    SUPPRESS_VE: np.uint64 = bit(63)
+    MMIO: np.uint64 = bit(1) | bit(2)  # writable and executable but not readable: a misconfiguration
+    MMIO_MASK: np.uint64 = field(2, 0) | bit(63)
+
+
+class MmioSpte(NamedTuple):
+    """Where an MMIO spte of either form keeps the memslot generation (facts 3.4)."""
+
+    GENERATION_LOW: np.uint64 = field(10, 3)  # generation bits 7:0
+    GENERATION_HIGH: np.uint64 = field(62, 52)  # generation bits 18:8
+    GENERATION: np.uint64 = field(18, 0)  # of the memslot generation
+
+
+class Role(NamedTuple):
+    """The role of a shadow page, as much as the direct maps use (facts 5.11)."""
+
+    LEVEL: np.uint64 = field(3, 0)
+    DIRECT: np.uint64 = bit(7)
+    ACCESS: np.uint64 = field(10, 8)
+    INVALID: np.uint64 = bit(11)
+    EFER_NX: np.uint64 = bit(12)
+    CR0_WP: np.uint64 = bit(13)
+    AD_DISABLED: np.uint64 = bit(16)
+
+
+NPT_SPTE, EPT_SPTE, MMIO_SPTE, ROLE = NptSpte(), EptSpte(), MmioSpte(), Role()
 
 
 class Cr0(NamedTuple):

@@ -17,56 +17,85 @@ class Op(IntEnum):
     INVLPG = 4  # address: gva
     FLUSH = 5  # INVLPG whose operand is unknown, or INVPCID: everything is flushed
     GENERATION = 6  # value: memslot generation, bit 63 while the update is in progress
+    # The machine of machine.py only: guest
+    LOAD = 7  # address: gva, size in bytes; what it reads goes to the log
+    WRITE = 8  # address: gva, size, value: a store of data
+    EXCHANGE = 9  # address: gva, size, value: new; the value of the OPERAND event behind it: what is compared
+    OPERAND = 10
+    VCPU = 11  # value: the vCPU that the following events belong to
+    EXIT = 12  # the guest leaves by an I/O exit, the end of a run
+    # and host
+    MODE = 13  # value: row of the machine's register table (KVM_SET_SREGS)
+    REGISTERS = 14  # the same row, loaded by the guest itself (MOV to CR0 or CR4, WRMSR of EFER)
+    SLOT_CREATE = 15  # value: row of the machine's prepared memslots
+    SLOT_DELETE = 16  # address: id of the memslot
+    SLOT_FLAGS = 17  # address: id of the memslot, value: SlotFlag bits
+    DIRTY_GET = 18  # address: id of the memslot; the bitmap is left in the slot's report
+    DIRTY_CLEAR = 19  # address: id of the memslot; the bits to clear are taken from the slot's report
+    UNMAP = 20  # address to value, bytes, were unmapped by the host (mmu notifier)
+    PAGE_LIMIT = 21  # value: limit of shadow pages (KVM_SET_NR_MMU_PAGES)
+    PARAMETER = 22  # address: a VmWord, value: what it becomes
 
 
 EVENT = np.dtype([
     ("op", np.uint8),
     ("access", np.uint8),
     ("checked", np.uint8),  # 1: value is the gpa that the access must translate to
+    ("size", np.uint8),  # bytes of a LOAD, WRITE or EXCHANGE
     ("record", np.uint32),  # where it came from, for messages
     ("address", np.uint64),
     ("value", np.uint64),
 ])  # fmt: skip
-"""One event, 23 bytes of fields in a packed row."""
+"""One event, a row of 24 bytes."""
 
 
 class EventList:
     """Builder of a small event stream, one method per operation; `array()` is what `replay` takes."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, int, int, int, int, int]] = []
+        self._rows: list[tuple[int, int, int, int, int, int, int]] = []
 
-    def _add(self, op: Op, access: int = 0, address: int = 0, value: int = 0) -> EventList:
-        self._rows.append((op, access, 0, len(self._rows), address, value))
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, op: Op, *, access: int = 0, address: int = 0, value: int = 0, size: int = 0) -> EventList:
+        """Any event."""
+        self._rows.append((op, access, 0, size, len(self._rows), address, value))
+        return self
+
+    def each_vcpu(self, count: int, op: Op, *, value: int = 0) -> EventList:
+        """The same event on each of the first `count` vCPUs; the last one to follow is vCPU 0."""
+        for number in reversed(range(count)):
+            self.add(Op.VCPU, value=number).add(op, value=value)
         return self
 
     def access(self, gva: int, access: int) -> EventList:
         """Access to memory."""
-        return self._add(Op.ACCESS, access, gva)
+        return self.add(Op.ACCESS, access=access, address=gva)
 
     def device(self, gva: int, access: int) -> EventList:
         """Access to a device."""
-        return self._add(Op.DEVICE, access, gva)
+        return self.add(Op.DEVICE, access=access, address=gva)
 
     def store(self, gpa: int, value: int) -> EventList:
         """Store of a page-table entry."""
-        return self._add(Op.STORE, address=gpa, value=value)
+        return self.add(Op.STORE, address=gpa, value=value)
 
     def cr3(self, value: int) -> EventList:
         """MOV to CR3."""
-        return self._add(Op.CR3, value=value)
+        return self.add(Op.CR3, value=value)
 
     def invlpg(self, gva: int) -> EventList:
         """INVLPG of one page."""
-        return self._add(Op.INVLPG, address=gva)
+        return self.add(Op.INVLPG, address=gva)
 
     def flush(self) -> EventList:
         """Flush of everything."""
-        return self._add(Op.FLUSH)
+        return self.add(Op.FLUSH)
 
     def generation(self, value: int) -> EventList:
         """A new memslot generation."""
-        return self._add(Op.GENERATION, value=value)
+        return self.add(Op.GENERATION, value=value)
 
     def array(self) -> np.ndarray:
         """The stream as an array of EVENT rows."""

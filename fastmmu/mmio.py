@@ -42,6 +42,13 @@ def match(entry, cr3, generation, mmu, gva, access):
 
 
 @kernel
+def match_gpa(entry, generation, mmu, gpa):
+    """Whether the cached frame is that of a guest physical address; frame 0 never is (facts 4.2)."""
+    gfn = entry[Mmio.GFN]
+    return generation[0] == mmu.reg[Reg.GENERATION] and gfn != ZERO and gfn == gpa >> PAGE_SHIFT
+
+
+@kernel
 def fill(entry, cr3, generation, mmu, gva, walk):
     """Remember a successful walk to an address without memslot. False while a memslot update is in progress (facts 4.1.1)."""
     if generation is not None:

@@ -13,7 +13,7 @@ from fastmmu.mmio import cached_gpa, clear, covers, fill, match
 from fastmmu.state import NO_SLOT, Digest, Miss, Mmio, Reg, Stat, Walk
 from fastmmu.walk import mix, walk_gva
 
-OP_ACCESS, OP_DEVICE, OP_STORE, OP_CR3, OP_INVLPG, OP_FLUSH, OP_GENERATION = (np.uint8(op) for op in Op)
+OP_ACCESS, OP_DEVICE, OP_STORE, OP_CR3, OP_INVLPG, OP_FLUSH, OP_GENERATION = (np.uint8(op) for op in list(Op)[:7])
 NO = np.uint8(0)
 
 

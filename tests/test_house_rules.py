@@ -31,7 +31,7 @@ def test_one_module_imports_numba() -> None:
 
 
 def test_the_reference_shares_only_layouts() -> None:
-    allowed = {"fastmmu.bits", "fastmmu.paging", "fastmmu.reference.walk"}
+    allowed = {"fastmmu.bits", "fastmmu.paging", *(f"fastmmu.reference.{name}" for name in ("walk", "kvm", "processor"))}
     for path in (PACKAGE / "reference").glob("*.py"):
         ours = {name for name in imports(path) if name.split(".")[0] == "fastmmu"}
         assert ours <= allowed, path
@@ -50,7 +50,7 @@ def test_the_package_does_not_import_bench() -> None:
 def test_masks_are_declared_in_one_place() -> None:
     """Kernels name bits; shifts of one and page masks by hand stand in `bits` and `paging` (and in the reference, on purpose)."""
     allowed = {"bits.py", "paging.py"}
-    kernels = [p for p in SOURCES if p.name not in allowed and "reference" not in p.parts and "@kernel" in p.read_text()]
+    kernels = [p for p in SOURCES if p.name not in allowed and "reference" not in p.parts and re.search("@(kernel|inner)", p.read_text())]
     for path in kernels:
         assert not re.search(r"\b1 << |0x[0-9a-fA-F]*f000\b|& 511\b|0xFFF\b", path.read_text()), path
 

@@ -1,0 +1,256 @@
+"""Dirty logging: write protection, the bitmap, get and clear, for both maps (facts section 7)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmmu._jit import exchange, fetch_and, inner
+from fastmmu.bits import NPT_SPTE, ONE, ZERO
+from fastmmu.hardware import drain_pml
+from fastmmu.memslot import WORD_BITS, max_mapping_level
+from fastmmu.shadow import drop_leaf, flush_remote, rmap_index
+from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_table, pages_at, pfn_of
+from fastmmu.state import VmWord
+from fastmmu.tdp import clear_bits, clear_bits_of_mask, set_spte, split_range
+from fastmmu.walk import ALL_ONES
+
+MAX_HUGE_LEVEL = np.uint64(3)
+TWO_MIB_LEVEL = np.uint64(2)
+W = NPT_SPTE.W
+TAIL_MASK = np.uint64(63)
+
+
+@inner
+def bitmap_words(slot):
+    """Words of a bitmap over the slot's pages."""
+    return (slot["pages"] + TAIL_MASK) >> WORD_BITS
+
+
+@inner
+def word_of_pages(slot, i):
+    """Mask of the pages that word `i` of the slot's bitmap stands for: fewer than 64 in the last one."""
+    left = slot["pages"] - (np.uint64(i) << WORD_BITS)
+    return ALL_ONES if left > TAIL_MASK else (ONE << left) - ONE
+
+
+@inner
+def clear_rmap_bits(vm, slot, gfn, level, bits):
+    """Clear bits in the spte that maps the frame of `gfn` at `level`, by the reverse map; returns whether it changed."""
+    index = vm.slot_words[rmap_index(slot, gfn, level)]
+    if index == ZERO or vm.spt[index] & bits == ZERO:
+        return False
+    vm.spt[index] &= ~bits
+    return True
+
+
+@inner
+def clear_slot_bits(vm, slot, min_level, bits):
+    """Clear bits in every leaf of the slot from `min_level` up."""
+    first, end = slot["base"], slot["base"] + slot["pages"]
+    if vm.word[VmWord.TDP_MMU] != ZERO:
+        clear_bits(vm, first, end, min_level, bits)
+        return
+    level = min_level
+    while level <= MAX_HUGE_LEVEL:
+        gfn = frame_at(first, level)
+        while gfn < end:
+            clear_rmap_bits(vm, slot, max(gfn, first), level, bits)
+            gfn += pages_at(level)
+        level += ONE
+
+
+@inner
+def start(vm, stat, slot):
+    """The slot begins to log (facts 7.1)."""
+    if vm.word[VmWord.INITIALLY_SET] != ZERO:
+        return  # every page counts as dirty: nothing to protect until it is cleared
+    if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and vm.word[VmWord.TDP_MMU] != ZERO:
+        split_range(vm, stat, slot["base"], slot["base"] + slot["pages"])
+    if vm.word[VmWord.PML] != ZERO:
+        # shadow pages are looked at on 4 KiB leaves only, the TDP MMU's on every level
+        clear_logged_dirty(vm, slot)
+        clear_slot_bits(vm, slot, TWO_MIB_LEVEL, W)
+    else:
+        clear_slot_bits(vm, slot, ONE, W)
+    flush_remote(vm.word, stat)
+
+
+@inner
+def clear_logged_dirty(vm, slot):
+    """Clear D, so that page-modification logging notes the next write."""
+    first, end = slot["base"], slot["base"] + slot["pages"]
+    if vm.word[VmWord.TDP_MMU] != ZERO:
+        clear_bits(vm, first, end, ONE, vm.word[VmWord.DIRTY])
+        return
+    for gfn in range(first, end):
+        clear_rmap_bits(vm, slot, gfn, ONE, vm.word[VmWord.DIRTY])
+
+
+@inner
+def stop_logging(vm, stat, slot):
+    """The slot logs no more: what could be a huge page is unmapped, and comes back as one (facts 7.1.3)."""
+    if vm.word[VmWord.TDP_MMU] != ZERO:
+        zap_collapsible_tables(vm, stat, slot)
+    else:
+        zap_collapsible_leaves(vm, stat, slot)
+
+
+@inner
+def zap_collapsible_leaves(vm, stat, slot):
+    """Shadow pages: remove each leaf whose table's frame may be mapped at a higher level."""
+    zapped = False
+    first, end = slot["base"], slot["base"] + slot["pages"]
+    for level in range(ONE, MAX_HUGE_LEVEL):
+        gfn = frame_at(first, level)
+        while gfn < end:
+            index = vm.slot_words[rmap_index(slot, max(gfn, first), level)]
+            if index != ZERO:
+                table_gfn = vm.page[index >> INDEX_BITS]["gfn"]
+                inside = max(table_gfn, first)
+                if level < max_mapping_level(vm, slot, inside, vm.word[VmWord.MAX_LEVEL]):
+                    drop_leaf(vm, stat, index)
+                    zapped = True
+            gfn += pages_at(level)
+    if zapped:
+        flush_remote(vm.word, stat)
+
+
+@inner
+def zap_collapsible_tables(vm, stat, slot):
+    """The TDP MMU: remove each table, from the top down, whose frame may be mapped by the entry that points to it."""
+    root = vm.word[VmWord.TDP_ROOT]
+    if root == ZERO:
+        return
+    first, end = slot["base"], slot["base"] + slot["pages"]
+    gfn = first
+    while gfn < end:
+        level, table = vm.word[VmWord.ROOT_LEVEL], root
+        while True:
+            index = entry_of(table, gfn, level)
+            spte = vm.spt[index]
+            if not is_table(spte, level):
+                break
+            if level <= MAX_HUGE_LEVEL and frame_at(gfn, level) >= first:
+                if max_mapping_level(vm, slot, frame_at(gfn, level), vm.word[VmWord.MAX_LEVEL]) >= level:
+                    set_spte(vm, stat, index, level, ZERO)
+                    flush_remote(vm.word, stat)
+                    break
+            if level == TWO_MIB_LEVEL:
+                break
+            table = pfn_of(spte)
+            level -= ONE
+        gfn = frame_at(gfn, level) + pages_at(level)
+
+
+# --- reading and clearing the bitmap ---------------------------------------------------------------------------------------
+
+
+@inner
+def protect_huge(vm, slot, gfn):
+    """Write-protect huge pages over `gfn`, as if for a shadowed table: MMU_WRITABLE goes too (facts 7.4.1)."""
+    bits = W | vm.word[VmWord.MMU_WRITABLE]
+    if vm.word[VmWord.TDP_MMU] != ZERO:
+        clear_bits(vm, gfn, gfn + ONE, TWO_MIB_LEVEL, bits)
+        return
+    for level in range(TWO_MIB_LEVEL, MAX_HUGE_LEVEL + ONE):
+        clear_rmap_bits(vm, slot, gfn, level, bits)
+
+
+@inner
+def lowest_bit(mask):
+    """Number of the lowest bit set."""
+    number = ZERO
+    while mask & ONE == ZERO:
+        mask >>= ONE
+        number += ONE
+    return number
+
+
+@inner
+def highest_bit(mask):
+    """Number of the highest bit set."""
+    number = ZERO
+    while mask > ONE:
+        mask >>= ONE
+        number += ONE
+    return number
+
+
+@inner
+def round_up(gfn):
+    """First 2 MiB frame boundary at or above `gfn`."""
+    return frame_at(gfn + pages_at(TWO_MIB_LEVEL) - ONE, TWO_MIB_LEVEL)
+
+
+@inner
+def protect_again(vm, stat, slot, i, mask):
+    """The pages of `mask`, in word `i` of the bitmap, were reported: log their next write (facts 7.4)."""
+    base = slot["base"] + (np.uint64(i) << WORD_BITS)
+    if vm.word[VmWord.INITIALLY_SET] != ZERO:
+        first, last = base + lowest_bit(mask), base + highest_bit(mask)
+        if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and vm.word[VmWord.TDP_MMU] != ZERO:
+            split_range(vm, stat, first, last)
+        protect_huge(vm, slot, first)
+        if round_up(first) != round_up(last):
+            protect_huge(vm, slot, last)
+    bits = vm.word[VmWord.DIRTY] if vm.word[VmWord.PML] != ZERO else W
+    if vm.word[VmWord.TDP_MMU] != ZERO:
+        clear_bits_of_mask(vm, base, mask, bits)
+        return
+    gfn = base
+    while mask != ZERO:
+        if mask & ONE != ZERO:
+            clear_rmap_bits(vm, slot, gfn, ONE, bits)
+        gfn += ONE
+        mask >>= ONE
+
+
+@inner
+def forget_written(vm, slot, i, mask):
+    """The audit's own record of what must be in the log."""
+    fetch_and(vm.slot_words, slot["written"] + np.uint64(i), ~mask)
+
+
+@inner
+def get(vm, stat, slot):
+    """KVM_GET_DIRTY_LOG: leave the bitmap in the slot's report; without manual protection, clear and protect (facts 7.3)."""
+    flushes = False
+    for i in range(bitmap_words(slot)):
+        at = slot["dirty"] + np.uint64(i)
+        if vm.word[VmWord.MANUAL_PROTECT] != ZERO:
+            vm.slot_words[slot["report"] + np.uint64(i)] = vm.slot_words[at]
+            continue
+        mask = ZERO
+        if vm.slot_words[at] != ZERO:
+            mask = exchange(vm.slot_words, at, ZERO)
+        vm.slot_words[slot["report"] + np.uint64(i)] = mask
+        if mask != ZERO:
+            flushes = True
+            forget_written(vm, slot, i, mask)
+            protect_again(vm, stat, slot, i, mask)
+    if flushes:
+        flush_remote(vm.word, stat)
+
+
+@inner
+def clear(vm, stat, slot):
+    """KVM_CLEAR_DIRTY_LOG of the bits in the slot's report: only those that were set are protected (facts 7.3)."""
+    flushes = False
+    for i in range(bitmap_words(slot)):
+        wanted = vm.slot_words[slot["report"] + np.uint64(i)] & word_of_pages(slot, i)
+        if wanted == ZERO:
+            continue
+        mask = fetch_and(vm.slot_words, slot["dirty"] + np.uint64(i), ~wanted) & wanted
+        if mask != ZERO:
+            flushes = True
+            forget_written(vm, slot, i, mask)
+            protect_again(vm, stat, slot, i, mask)
+    if flushes:
+        flush_remote(vm.word, stat)
+
+
+@inner
+def collect_pml(vm, vcpu):
+    """Before the log is read every vCPU is made to exit, which drains what it has logged (facts 7.2)."""
+    if vm.word[VmWord.PML] != ZERO:
+        drain_pml(vm, vcpu)

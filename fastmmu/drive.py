@@ -1,0 +1,272 @@
+"""The kernel that replays events on a virtual machine: what the guest does, and what user space does to it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmmu import dirty_log, host
+from fastmmu._jit import inner, kernel
+from fastmmu.bits import ONE, PFERR, ZERO
+from fastmmu.events import Op
+from fastmmu.guest import (
+    REQUESTS,
+    access_bytes,
+    access_page,
+    emulate,
+    enter,
+    is_asked,
+    read_guest,
+    stop,
+    unload_root,
+    write_guest,
+    write_log,
+    write_memory,
+)
+from fastmmu.hardware import leave
+from fastmmu.memslot import note_write, slot_by_id
+from fastmmu.shadow import count, set_page_limit
+from fastmmu.state import (
+    NO_SLOT,
+    Counter,
+    LogKind,
+    MmuState,
+    Reg,
+    Request,
+    Status,
+    Stop,
+    VcpuState,
+    VcpuWord,
+    VmWord,
+)
+from fastmmu.tlb import flush, invalidate
+from fastmmu.walk import ALL_ONES
+
+(
+    ACCESS, DEVICE, STORE, CR3, INVLPG, FLUSH, GENERATION, LOAD, WRITE, EXCHANGE, OPERAND, VCPU, EXIT, MODE, REGISTERS, SLOT_CREATE,
+    SLOT_DELETE, SLOT_FLAGS, DIRTY_GET, DIRTY_CLEAR, UNMAP, PAGE_LIMIT, PARAMETER,
+) = (np.uint8(op) for op in Op)  # fmt: skip
+LOG_MARGIN = np.uint64(256)  # rows that one event may need
+WORD_BYTES = np.uint64(8)
+NO = np.uint8(0)
+
+
+@inner
+def vcpu_of(vcpus, number):
+    """One vCPU's state."""
+    mmu = MmuState(vcpus.mmu.reg[number], vcpus.mmu.reserved[number], vcpus.mmu.permissions[number], None)
+    return VcpuState(mmu, vcpus.trail[number], vcpus.own[number], vcpus.tlb[number], vcpus.stat[number])
+
+
+@inner
+def store_entry(vm, vcpu, log, event, gpa, value):
+    """A guest store to a page table whose gva is not known: it goes through the map like any other write. False: the end."""
+    count(vcpu.stat, Counter.STORES)
+    touched = access_page(vm, vcpu, log, event, gpa, PFERR.W | PFERR.GUEST_FINAL)
+    if touched.status == Status.DONE:
+        write_memory(vm.mem.words, gpa, WORD_BYTES, value)
+        note_write(vm, vcpu, gpa)
+    return touched.status != Status.STOP  # to a device or to read-only memory nothing is stored
+
+
+@inner
+def data_access(vm, vcpu, log, supply, event, op, row, compared):
+    """A LOAD, WRITE or EXCHANGE: its Touch. Data come and go by memory, or by the emulator."""
+    gva, size, value = row["address"], np.uint64(row["size"]), row["value"]
+    access = np.uint64(row["access"])
+    touched, second = access_bytes(vm, vcpu, log, event, gva, size, access)
+    if touched.status == Status.DONE:
+        if op != WRITE:
+            seen = read_guest(vm, gva, size, touched.gpa, second)
+            write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
+            if op == LOAD:
+                return touched
+            if seen != compared:
+                value = seen  # an exchange that fails writes back what it saw
+        write_guest(vm, vcpu, gva, size, touched.gpa, second, value)
+        return touched
+    if touched.status != Status.EMULATED:
+        return touched
+    faulted = touched.address
+    if op != WRITE:
+        touched, seen = emulate(vm, vcpu, log, supply, event, gva, size, access & ~PFERR.W, faulted, ZERO)
+        if touched.status != Status.EMULATED:
+            return touched
+        write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
+        if op == LOAD:
+            return touched
+        vcpu.stat[Counter.INSN_EMULATION] -= 1  # one instruction
+        if seen != compared:
+            value = seen
+    touched, _ = emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, value)
+    return touched
+
+
+@inner
+def plain_access(vm, vcpu, log, supply, event, row):
+    """An ACCESS or DEVICE: where it goes, without data."""
+    gva, access = row["address"], np.uint64(row["access"])
+    if access & PFERR.F != ZERO:
+        vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS] = gva, access
+    touched = access_page(vm, vcpu, log, event, gva, access)
+    if touched.status == Status.DONE:
+        if access & PFERR.W != ZERO:
+            note_write(vm, vcpu, touched.gpa)
+    elif touched.status == Status.EMULATED:
+        touched, _ = emulate(vm, vcpu, log, supply, event, gva, ONE, access, touched.address, ZERO)
+    return touched
+
+
+@inner
+def after_access(vm, vcpu, log, event, row, touched):
+    """Log what an access came to; False when the replay ends with it."""
+    if touched.status == Status.STOP:
+        return False
+    if touched.status == Status.FAULT:
+        write_log(vm, log, LogKind.PAGE_FAULT, 0, event, touched.address, touched.pferr)
+        if vm.word[VmWord.STOP_AT_FAULT] != ZERO:
+            stop(vm, Stop.GUEST_FAULT, touched.address, touched.pferr)
+            return False
+        if row["checked"] != NO:
+            stop(vm, Stop.DIFFERS, ALL_ONES, touched.pferr)
+            return False
+        return True
+    if vm.word[VmWord.LOG_ACCESSES] != ZERO:
+        write_log(vm, log, LogKind.ACCESSED, 0, event, row["address"], touched.gpa)
+    if row["checked"] != NO and touched.gpa != row["value"]:
+        stop(vm, Stop.DIFFERS, touched.gpa, ZERO)
+        return False
+    return True
+
+
+@inner
+def load_cr3(vm, vcpu, value):
+    """MOV to CR3, flushing. With two-dimensional paging KVM does not see it."""
+    vcpu.mmu.reg[Reg.CR3] = value
+    if vm.word[VmWord.TDP] != ZERO:
+        flush(vcpu.tlb)
+        return
+    leave(vm, vcpu)
+    count(vcpu.stat, Counter.INSN_EMULATION)
+    unload_root(vm, vcpu)  # PAE roots are never kept (facts 9.1)
+    vm.word[REQUESTS + vcpu.own[VcpuWord.NUMBER]] |= np.uint64(Request.TLB_FLUSH_CURRENT)
+
+
+@inner
+def invalidate_page(vm, vcpu, gva):
+    """INVLPG. With two-dimensional paging KVM does not see it."""
+    if vm.word[VmWord.TDP] == ZERO:
+        leave(vm, vcpu)
+        count(vcpu.stat, Counter.INSN_EMULATION)
+        count(vcpu.stat, Counter.INVLPG)
+    invalidate(vcpu.tlb, gva)
+
+
+@inner
+def copy(target, source):
+    """Copy element by element: a whole-array assignment would allocate."""
+    for i in range(len(target)):
+        target[i] = source[i]
+
+
+@inner
+def set_registers(vm, vcpu, table, row, by_guest):
+    """CR0, CR3, CR4, EFER and what follows from them. From user space another value unloads the root (KVM_SET_SREGS)."""
+    own, reg = vcpu.own, vcpu.mmu.reg
+    changed = table.mmu.reg[row, Reg.CR3] != reg[Reg.CR3]
+    for i in range(table.raw.shape[1]):
+        changed |= own[VcpuWord.CR0 + i] != table.raw[row, i]
+        own[VcpuWord.CR0 + i] = table.raw[row, i]
+    generation = reg[Reg.GENERATION]
+    copy(reg, table.mmu.reg[row])
+    reg[Reg.GENERATION] = generation
+    copy(vcpu.mmu.reserved, table.mmu.reserved[row])
+    copy(vcpu.mmu.permissions, table.mmu.permissions[row])
+    own[VcpuWord.FETCH_ACCESS] = ZERO
+    if by_guest:
+        flush(vcpu.tlb)
+    if changed and (not by_guest or vm.word[VmWord.TDP] == ZERO):
+        unload_root(vm, vcpu)
+
+
+@inner
+def host_event(vm, vcpus, vcpu, prepared, op, address, value):
+    """What user space does."""
+    stat = vcpu.stat
+    if op == SLOT_CREATE:
+        host.create_slot(vm, vcpus, stat, prepared[value])
+    elif op == SLOT_DELETE:
+        host.delete_slot(vm, vcpus, stat, address)
+    elif op == SLOT_FLAGS:
+        host.set_slot_flags(vm, vcpus, stat, address, value)
+    elif op in (DIRTY_GET, DIRTY_CLEAR):
+        number = slot_by_id(vm, address)
+        if number == NO_SLOT:
+            return
+        for i in range(len(vcpus.own)):
+            dirty_log.collect_pml(vm, vcpu_of(vcpus, i))
+        if op == DIRTY_GET:
+            dirty_log.get(vm, stat, vm.mem.slots[number])
+        else:
+            dirty_log.clear(vm, stat, vm.mem.slots[number])
+    elif op == UNMAP:
+        host.unmap(vm, stat, address, value)
+    elif op == PAGE_LIMIT:
+        vm.word[VmWord.REQUESTED_PAGES] = value
+        set_page_limit(vm, stat, value)
+    elif op == PARAMETER:
+        host.set_parameter(vm, stat, address, value)
+
+
+@kernel
+def drive(vm, vcpus, table, prepared, log, supply, events, first):
+    """Replay `events` from index `first` on; returns the index of the event that ended it, or their number.
+
+    `vm.word[VmWord.STOP]` says why (a `Stop`). Everything that reaches this kernel was validated: see machine.py.
+
+    Args:
+        vm: KvmState.
+        vcpus: VcpuState with one more leading axis.
+        table: RegisterTable.
+        prepared: MEMSLOT rows that SLOT_CREATE events name.
+        log: LOG rows; `vm.word[VmWord.LOGGED]` of them are in use. When it is nearly full the replay stops, if it is to be read.
+        supply: uint64, data of device reads in order.
+        events: EVENT rows.
+    """
+    vcpu = vcpu_of(vcpus, vm.word[VmWord.VCPU])
+    vm.word[VmWord.STOP] = ZERO
+    for i in range(first, len(events)):
+        row = events[i]
+        op, address, value = row["op"], row["address"], row["value"]
+        if op <= DEVICE or op in (LOAD, WRITE, EXCHANGE):
+            if vm.word[VmWord.LOGGED] + LOG_MARGIN > np.uint64(len(log)) and vm.word[VmWord.STOP_WHEN_FULL] != ZERO:
+                stop(vm, Stop.LOG_FULL, address, ZERO)
+                return i
+            if op <= DEVICE:
+                touched = plain_access(vm, vcpu, log, supply, i, row)
+            else:
+                compared = events[i + 1]["value"] if op == EXCHANGE else ZERO
+                touched = data_access(vm, vcpu, log, supply, i, op, row, compared)
+            if not after_access(vm, vcpu, log, i, row, touched):
+                return i
+        elif op == STORE:
+            if not store_entry(vm, vcpu, log, i, address, value):
+                return i
+        elif op == CR3:
+            load_cr3(vm, vcpu, value)
+        elif op == INVLPG:
+            invalidate_page(vm, vcpu, address)
+        elif op == FLUSH:
+            flush(vcpu.tlb)
+        elif op == VCPU:
+            vm.word[VmWord.VCPU] = value
+            vcpu = vcpu_of(vcpus, value)
+        elif op == EXIT:
+            if is_asked(vm, vcpu) and not enter(vm, vcpu):
+                return i
+            leave(vm, vcpu)
+            count(vcpu.stat, Counter.IO_EXITS)
+        elif op in (MODE, REGISTERS):
+            set_registers(vm, vcpu, table, value, op == REGISTERS)
+        else:
+            host_event(vm, vcpus, vcpu, prepared, op, address, value)
+    return len(events)

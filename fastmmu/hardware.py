@@ -1,0 +1,281 @@
+"""What the processor does by itself: it walks the guest's tables through the tables of sptes, sets A and D, and fills its TLB.
+
+With two-dimensional paging each entry of the guest's tables has a guest physical address, which is translated like the final
+one (AMD APM volume 2, 15.25.5; SDM volume 3, 29.3.3): up to 4 x 4 + 4 + 4 = 24 reads. Without it (guest paging off, in this
+part) the processor walks the sptes alone. No paging-structure cache is modelled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmmu._jit import fetch_or, inner, load
+from fastmmu.bits import ACC, GPTE64, ONE, PAGE_SHIFT, PFERR, ZERO, field
+from fastmmu.memslot import mark_dirty, note_write, slot_by_gfn
+from fastmmu.permission import key_fault, permission_fault
+from fastmmu.shadow import count
+from fastmmu.spte import entry_of, is_last, is_writable, pfn_of
+from fastmmu.state import (
+    NO_SLOT,
+    PML_ENTRIES,
+    Counter,
+    Reg,
+    Status,
+    Touch,
+    VcpuWord,
+    VmWord,
+)
+from fastmmu.tlb import flush, insert, lookup
+from fastmmu.walk import (
+    ALL_ONES,
+    MODE_NONE,
+    access_of,
+    exchange_entry,
+    mode_of,
+    page_gpa,
+    read_entry,
+    reserved_row,
+    table_index,
+)
+
+ACCESS_BITS = PFERR.W | PFERR.U | PFERR.F
+TABLE_ACCESS = PFERR.U | PFERR.GUEST_PAGE
+FINAL_ACCESS = PFERR.U | PFERR.GUEST_FINAL
+PAE_ROOT_SHIFT, PAE_ROOT_MASK = np.uint64(18), np.uint64(3)
+PAE_LEVEL = np.uint64(2)
+ADDRESS_32 = field(31, 0)
+NOWHERE = ALL_ONES  # instead of the index of an spte: the entry faults
+
+
+@inner
+def root_for(vm, vcpu, gfn):
+    """(table, level) at which the walk of the sptes begins: with PAE roots each stands for 1 GiB."""
+    if vm.word[VmWord.ROOT_LEVEL] != PAE_LEVEL:
+        return vcpu.own[VcpuWord.ROOT], vm.word[VmWord.ROOT_LEVEL]
+    return vcpu.own[np.uint64(VcpuWord.PAE_ROOT) + ((gfn >> PAE_ROOT_SHIFT) & PAE_ROOT_MASK)], PAE_LEVEL
+
+
+@inner
+def drain_pml(vm, vcpu):
+    """Each exit takes the logged pages over into the dirty bitmaps."""
+    for i in range(vcpu.own[VcpuWord.PML]):
+        gfn = vcpu.own[np.uint64(VcpuWord.PML_LOG) + i]
+        number = slot_by_gfn(vm, vcpu, gfn)
+        if number != NO_SLOT:
+            mark_dirty(vm, vm.mem.slots[number], gfn)
+    vcpu.own[VcpuWord.PML] = ZERO
+
+
+@inner
+def leave(vm, vcpu):
+    """The guest exits to KVM."""
+    count(vcpu.stat, Counter.EXITS_NO_IRQ)
+    if vm.word[VmWord.PML] != ZERO:
+        drain_pml(vm, vcpu)
+    if vm.word[VmWord.TLB_FLUSHED_ON_EXIT] != ZERO:
+        flush(vcpu.tlb)
+
+
+@inner
+def log_modification(vm, vcpu, gfn):
+    """The processor sets D in an spte: with page-modification logging it notes the page; a full log exits first."""
+    if vm.word[VmWord.PML] == ZERO or vm.word[VmWord.LOGGING_SLOTS] == ZERO:
+        return
+    if vcpu.own[VcpuWord.PML] == np.uint64(PML_ENTRIES):
+        count(vcpu.stat, Counter.PML_FULL)
+        leave(vm, vcpu)
+    vcpu.own[np.uint64(VcpuWord.PML_LOG) + vcpu.own[VcpuWord.PML]] = gfn
+    vcpu.own[VcpuWord.PML] += ONE
+
+
+@inner
+def reserved_code(word, access):
+    """Error code of reserved bits in an spte. An EPT misconfiguration tells nothing but that (facts 2.2)."""
+    if word[VmWord.EPT] != ZERO:
+        return PFERR.RSVD
+    return access | PFERR.RSVD | (PFERR.P if word[VmWord.RESERVED_WITHOUT_PRESENT] == ZERO else ZERO)
+
+
+@inner
+def walk_sptes(vm, table, level, gfn, access):
+    """(index of the leaf spte, 0), or (NOWHERE, error code): translate by the tables of sptes, without setting A or D."""
+    word = vm.word
+    while True:
+        index = entry_of(table, gfn, level)
+        spte = load(vm.spt, index)
+        if spte & word[VmWord.HARDWARE_PRESENT] == ZERO:
+            return NOWHERE, access
+        if spte & word[VmWord.MMIO_MASK] == word[VmWord.MMIO_VALUE]:
+            return NOWHERE, reserved_code(word, access)
+        if is_last(spte, level):
+            break
+        table = pfn_of(spte)
+        level -= ONE
+    if access & PFERR.W != ZERO and not is_writable(spte):
+        return NOWHERE, access | PFERR.P
+    if access & PFERR.F != ZERO and not is_executable(word, spte):
+        return NOWHERE, access | PFERR.P
+    return index, ZERO
+
+
+@inner
+def is_executable(word, spte):
+    """Whether the processor may fetch through a leaf spte."""
+    return spte & (word[VmWord.EXECUTE] | word[VmWord.NO_EXECUTE]) == word[VmWord.EXECUTE]
+
+
+@inner
+def use_spte(vm, vcpu, index, gfn, write):
+    """The processor uses a leaf spte: it sets A, and D for a write. Returns the entry as it is then."""
+    word = vm.word
+    spte = vm.spt[index]
+    wanted = word[VmWord.ACCESSED] | (word[VmWord.DIRTY] if write else ZERO)
+    if spte & wanted != wanted:
+        if write and spte & word[VmWord.DIRTY] == ZERO:
+            log_modification(vm, vcpu, gfn)
+        fetch_or(vm.spt, index, wanted)
+        spte |= wanted
+    return spte
+
+
+@inner
+def touch_gpa(vm, vcpu, gpa, access):
+    """One access to a guest physical address: (True, spte), or (False, error code)."""
+    gfn = gpa >> PAGE_SHIFT
+    table, level = root_for(vm, vcpu, gfn)
+    index, pferr = walk_sptes(vm, table, level, gfn, access)
+    if index == NOWHERE:
+        return False, pferr
+    return True, use_spte(vm, vcpu, index, gfn, access & PFERR.W != ZERO)
+
+
+@inner
+def guest_fault(vcpu, gva, access, pferr):
+    """A #PF that the processor delivers to the guest."""
+    return Touch(Status.FAULT, ZERO, gva, pferr | (access & vcpu.mmu.reg[Reg.PFERR_ACCESS]))
+
+
+@inner
+def leaves(address, pferr):
+    """A fault that exits to KVM."""
+    return Touch(Status.EXIT, ZERO, address, pferr)
+
+
+@inner
+def set_guest_bits(vm, vcpu, mode, table, gva, leaf_level, write):
+    """Set A from the top table down to the leaf, and D in the leaf of a write. False when an entry had changed meanwhile."""
+    level = mode.levels
+    while True:
+        gpte = vcpu.trail[level]
+        wanted = gpte | GPTE64.A
+        if level == leaf_level and write:
+            wanted |= GPTE64.D
+        if wanted != gpte:
+            if not exchange_entry(vm.mem, mode, table, table_index(gva, level, mode.index_bits), gpte, wanted):
+                return False
+            vcpu.trail[level] = wanted
+            note_write(vm, vcpu, table)
+        if level == leaf_level:
+            return True
+        table = gpte & mode.root
+        level -= ONE
+
+
+@inner
+def walk_guest(vm, vcpu, gva, access):
+    """Translate `gva` by the guest's tables, each entry's address by the sptes; the final address is left to the caller.
+
+    Returns (Touch, level, rights, dirty): DONE with the gpa; FAULT; or EXIT for an entry whose address the sptes do not map.
+    """
+    mmu, mem = vcpu.mmu, vm.mem
+    if mmu.reg[Reg.MODE] == MODE_NONE:
+        return Touch(Status.DONE, gva & ADDRESS_32, ZERO, ZERO), ONE, ACC.ALL, True
+    mode = mode_of(mmu)
+    write = access & PFERR.W != ZERO
+    root = mmu.reg[Reg.CR3] & mode.root
+    # a table access is a write, for the A bit that it may set; under EPT only if the EPTP enables A and D (facts 2.1)
+    table_access = TABLE_ACCESS
+    if vm.word[VmWord.EPT] == ZERO or vm.word[VmWord.AD] != ZERO:
+        table_access |= PFERR.W
+    while True:  # again when an entry changed between reading it and setting its A or D
+        table, level, rights = root, mode.levels, ALL_ONES
+        while True:
+            index = table_index(gva, level, mode.index_bits)
+            entry = table + index * (ONE << (PAGE_SHIFT - mode.index_bits))
+            mapped, answer = touch_gpa(vm, vcpu, entry, table_access)
+            if not mapped:
+                return leaves(entry, answer), ONE, ZERO, False
+            gpte = read_entry(mem, mode, table, index)
+            if gpte & GPTE64.P == ZERO:
+                return guest_fault(vcpu, gva, access, ZERO), ONE, ZERO, False
+            large = gpte & mmu.reg[Reg.LARGE]
+            if gpte & mmu.reserved[reserved_row(large, level)] != ZERO:
+                present = PFERR.P if vm.word[VmWord.RESERVED_WITHOUT_PRESENT] == ZERO else ZERO
+                return guest_fault(vcpu, gva, access, present | PFERR.RSVD), ONE, ZERO, False
+            rights &= gpte ^ GPTE64.NX
+            last = level == ONE or large != ZERO
+            if not last and gpte & GPTE64.A == ZERO and vm.word[VmWord.ACCESSED_WHILE_WALKING] != ZERO:
+                if not exchange_entry(mem, mode, table, index, gpte, gpte | GPTE64.A):
+                    break
+                note_write(vm, vcpu, entry)
+                gpte |= GPTE64.A
+            vcpu.trail[level] = gpte
+            if last:
+                break
+            table = gpte & mode.root
+            level -= ONE
+        if not last:
+            continue
+        granted = access_of(rights)
+        if mode.keys and key_fault(mmu, gpte, granted, access):
+            return guest_fault(vcpu, gva, access, PFERR.P | PFERR.PK), ONE, ZERO, False
+        if permission_fault(mmu, granted, access):
+            return guest_fault(vcpu, gva, access, PFERR.P), ONE, ZERO, False
+        dirty = gpte & GPTE64.D != ZERO or write
+        if rights & GPTE64.A == ZERO or (write and gpte & GPTE64.D == ZERO):
+            if table_access & PFERR.W == ZERO:  # the tables were only read so far
+                table_access |= PFERR.W
+                continue
+            if not set_guest_bits(vm, vcpu, mode, root, gva, level, write):
+                continue
+        return Touch(Status.DONE, page_gpa(mode, gpte, gva, level), ZERO, ZERO), level, granted, dirty
+
+
+@inner(inline=True)
+def translate_page(vm, vcpu, gva, access):
+    """Translate one address as the processor does, by its TLB or by a walk that fills it."""
+    entry = lookup(vcpu.tlb, vcpu.mmu, gva, access)
+    if entry != ZERO:
+        count(vcpu.stat, Counter.TLB_HITS)
+        return Touch(Status.DONE, (entry & GPTE64.ADDR) | (gva & ((ONE << PAGE_SHIFT) - ONE)), ZERO, ZERO)
+    count(vcpu.stat, Counter.TLB_MISSES)
+    return walk_and_insert(vm, vcpu, gva, access)
+
+
+@inner
+def final_access(vm, access):
+    """The error code's bits for the address that a walk came to: with two-dimensional paging a user access, whoever asks."""
+    if vm.word[VmWord.TDP] == ZERO:
+        return access & ACCESS_BITS
+    return (access & (PFERR.W | PFERR.F)) | FINAL_ACCESS
+
+
+@inner
+def access_gpa(vm, vcpu, gpa, access):
+    """An access by guest physical address."""
+    mapped, answer = touch_gpa(vm, vcpu, gpa, final_access(vm, access))
+    return Touch(Status.DONE, gpa, ZERO, ZERO) if mapped else leaves(gpa, answer)
+
+
+@inner
+def walk_and_insert(vm, vcpu, gva, access):
+    """Walk, and remember the translation."""
+    touched, level, rights, dirty = walk_guest(vm, vcpu, gva, access)
+    if touched.status != Status.DONE:
+        return touched
+    mapped, answer = touch_gpa(vm, vcpu, touched.gpa, final_access(vm, access))
+    if not mapped:
+        return leaves(touched.gpa, answer)
+    writable = is_writable(answer) and (answer & vm.word[VmWord.DIRTY] != ZERO or vm.word[VmWord.DIRTY] == ZERO)
+    insert(vcpu.tlb, gva, touched.gpa, rights, level, dirty and writable, is_executable(vm.word, answer))
+    return touched

@@ -1,0 +1,386 @@
+"""The Python face of the KVM model: a virtual machine with memslots and vCPUs that replays events, and is checked before it does.
+
+Compiled code checks no bounds; every event, slot and register that reaches it passes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmmu.bits import GPTE64, PAGE_SIZE, PFERR, PHYSICAL_LIMIT, field
+from fastmmu.checks import checked_int
+from fastmmu.drive import drive
+from fastmmu.events import EVENT, EventList, Op
+from fastmmu.kvm import FLAGS, Kvm, set_spte_masks
+from fastmmu.memory import GuestMemory
+from fastmmu.paging import Cpu, Mode, permission_bytes, reserved_masks
+from fastmmu.processor import load_registers
+from fastmmu.state import (
+    LOG,
+    MEMSLOT,
+    REQUESTS,
+    SHADOW_PAGE,
+    TABLE_WORDS,
+    TRAIL_LENGTH,
+    VCPU_WORDS,
+    Counter,
+    KvmState,
+    MemoryState,
+    MmuState,
+    Reg,
+    RegisterTable,
+    Request,
+    SlotFlag,
+    SlotKind,
+    Stop,
+    VcpuState,
+    VcpuWord,
+    VmWord,
+)
+
+KVM_COUNTERS = tuple(counter for counter in Counter if counter < Counter.TLB_HITS)
+LOG_ROWS = 1 << 12
+PARAMETERS = (VmWord.NX_HUGE_PAGES, VmWord.EAGER_PAGE_SPLIT)
+"""Module parameters that may change while a VM runs."""
+
+
+class MachineError(RuntimeError):
+    """The machine cannot go on: KVM itself would fail, the model's pool is used up, or the guest faults for ever."""
+
+
+class NotBuilt(ValueError):
+    """What is asked for is not modelled yet; the message names it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a replay came to: index of the event that ended it (or their number), why, with which address and code, and its log."""
+
+    stopped: int
+    stop: Stop
+    address: int
+    code: int
+    log: np.ndarray
+
+
+@dataclass(frozen=True)
+class MemslotInfo:
+    """A memslot as Python follows it: byte addresses, flags, and its row among the prepared ones."""
+
+    start: int
+    end: int
+    flags: int
+    row: int
+
+
+class Machine:
+    """A virtual machine on a modelled KVM.
+
+    Attributes:
+        memory: GuestMemory; write guest page tables and data into `memory.words`.
+        kvm: how it is run.
+        vcpus: how many processors it has.
+    """
+
+    def __init__(self, kvm: Kvm, cpu: Cpu, *, memory: int = 1 << 32, vcpus: int = 1, tables: int = 1 << 18) -> None:
+        """Make a VM without memslots.
+
+        Args:
+            kvm: how KVM runs it.
+            cpu: registers of every vCPU at the start.
+            memory: bytes of guest physical address space that memslots may lie in.
+            vcpus: number of processors, 1 to 1024.
+            tables: capacity for tables of sptes; 4 KiB each, as far as they are used.
+
+        Raises:
+            ValueError: a value out of range; NotBuilt: PAE paging in the guest.
+        """
+        self.kvm = kvm
+        self.memory = GuestMemory(memory)
+        self.vcpus = checked_int(vcpus, 1, 1024, "vcpus", "an int from 1 to 1024")
+        tables = checked_int(tables, 16, 1 << 26, "tables", "an int from 16 to 2^26")
+        self.slots: dict[int, MemslotInfo] = {}
+        self._maxphyaddr = cpu.maxphyaddr
+        self._prepared = np.zeros(0, MEMSLOT)
+        self._cpus: list[Cpu] = []
+        self._table = RegisterTable(MmuState(*(np.zeros(0),) * 3, None), np.zeros(0))
+        self._log = np.zeros(LOG_ROWS, LOG)
+        self._make_vm(tables)
+        self._make_vcpus(cpu)
+
+    # --- making it
+
+    def _make_vm(self, tables: int) -> None:
+        word = np.zeros(REQUESTS + self.vcpus, np.uint64)
+        word[VmWord.VCPUS] = self.vcpus
+        word[REQUESTS:] = Request.LOAD_ROOT
+        kvm = self.kvm
+        for name in FLAGS:
+            if name != "page_1g":
+                word[VmWord[name.upper()]] = getattr(kvm, name)
+        word[VmWord.ROOT_LEVEL] = (5 if self._maxphyaddr > 48 else 4) if kvm.tdp else 2
+        word[VmWord.MAX_LEVEL] = 3 if kvm.page_1g and kvm.tdp else 2
+        set_spte_masks(word, kvm)
+        word[VmWord.GENERATION] = kvm.generation
+        word[VmWord.MAX_GFN] = (1 << (kvm.host_maxphyaddr - 12)) - 1
+        word[VmWord.FRESH_TABLE] = 1
+        word[VmWord.MAX_PAGES] = 64
+        mem = MemoryState(self.memory.words, self.memory.state.halves, np.zeros(1, MEMSLOT), np.int64(0), np.uint64(0))
+        spt = np.zeros(tables * TABLE_WORDS, np.uint64)
+        self.vm = KvmState(mem, spt, np.zeros(tables, SHADOW_PAGE), np.zeros(0, np.uint64), word)
+
+    def _make_vcpus(self, cpu: Cpu) -> None:
+        count, (sets, ways) = self.vcpus, self.kvm.tlb
+
+        def rows(*shape: int) -> np.ndarray:
+            return np.zeros((count, *shape), np.uint64)
+
+        mmu = MmuState(rows(len(Reg)), rows(16), np.zeros((count, 16), np.uint8), None)
+        own, stat = rows(VCPU_WORDS), np.zeros((count, len(Counter)), np.int64)
+        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets, ways, 2), stat)
+        self.state.own[:, VcpuWord.NUMBER] = np.arange(count)
+        mmu.reg[:, Reg.GENERATION] = self.kvm.generation
+        row = self.registers(cpu)
+        self.run(EventList().each_vcpu(count, Op.MODE, value=row).array())
+
+    def registers(self, cpu: Cpu) -> int:
+        """Row of these registers, for MODE and REGISTERS events.
+
+        Raises:
+            ValueError: another MAXPHYADDR than the machine's; NotBuilt: PAE.
+        """
+        if cpu in self._cpus:
+            return self._cpus.index(cpu)
+        if cpu.maxphyaddr != self._maxphyaddr:
+            raise ValueError(f"maxphyaddr: {cpu.maxphyaddr}, expected {self._maxphyaddr}, the machine's")
+        if cpu.mode == Mode.PAE:
+            raise NotBuilt("PAE paging in the guest")
+        self._check_cr3(cpu.cr3)
+        self._cpus.append(cpu)
+        reg = np.zeros((len(self._cpus), len(Reg)), np.uint64)
+        for row, one in zip(reg, self._cpus, strict=True):
+            load_registers(row, one)
+        derived = (np.array([make(one) for one in self._cpus]) for make in (reserved_masks, permission_bytes))
+        raw = np.array([(one.cr0, one.cr4, one.efer) for one in self._cpus], np.uint64)
+        self._table = RegisterTable(MmuState(reg, *derived, None), raw)
+        return len(self._cpus) - 1
+
+    def prepare_slot(self, slot: int, gpa: int, size: int, flags: int = 0, *, host_level: int = 1, hva_offset: int = 0) -> int:
+        """Row of a memslot for a SLOT_CREATE event.
+
+        Args:
+            slot: its id, 0 to 509.
+            gpa, size: bytes, multiples of 4096, within the machine's memory.
+            flags: SlotFlag bits.
+            host_level: level at which the host maps the memory, 1 to 3.
+            hva_offset: host virtual minus guest physical address, bytes: where it is no multiple of a huge page's size, huge pages
+                of that size are impossible.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        identity = checked_int(slot, 0, 509, "slot", "an id from 0 to 509")
+        gpa = checked_int(gpa, 0, self.memory.size, f"slot {slot}: gpa", f"an address up to {self.memory.size:#x}")
+        size = checked_int(size, PAGE_SIZE, self.memory.size - gpa, f"slot {slot}: size", "bytes within the machine's memory")
+        flags = checked_int(flags, 0, 3, f"slot {slot}: flags", "SlotFlag bits")
+        host_level = checked_int(host_level, 1, 3, f"slot {slot}: host_level", "1, 2 or 3")
+        hva_offset = checked_int(hva_offset, -PHYSICAL_LIMIT, PHYSICAL_LIMIT, f"slot {slot}: hva_offset", "bytes")
+        if gpa % PAGE_SIZE or size % PAGE_SIZE or hva_offset % PAGE_SIZE:
+            raise ValueError(
+                f"slot {slot}: gpa {gpa:#x}, size {size:#x}, hva_offset {hva_offset:#x}, expected multiples of {PAGE_SIZE}"
+            )
+        row = np.zeros((), MEMSLOT)
+        row["start"], row["end"], row["id"], row["flags"], row["host_level"] = gpa, gpa + size, identity, flags, host_level
+        row["kind"] = SlotKind.ROM if flags & SlotFlag.READONLY else SlotKind.RAM
+        row["base"], row["pages"] = gpa // PAGE_SIZE, size // PAGE_SIZE
+        self._add_slot_words(row, hva_offset // PAGE_SIZE)
+        self._prepared = np.append(self._prepared, row)
+        return len(self._prepared) - 1
+
+    def _add_slot_words(self, row: np.ndarray, offset: int) -> None:
+        """Give a memslot its words: bitmaps, counts against huge pages, reverse map."""
+        base, pages = int(row["base"]), int(row["pages"])
+        parts: list[np.ndarray] = []
+        at = len(self.vm.slot_words)
+        for name in ("dirty", "written", "report"):
+            row[name] = at + sum(map(len, parts))
+            parts.append(np.zeros(-(-pages // 64), np.uint64))
+        for level in (1, 2, 3):
+            shift = 9 * (level - 1)
+            frames = ((base + pages - 1) >> shift) - (base >> shift) + 1
+            if level > 1:
+                disallow = np.zeros(frames, np.uint64)
+                inside = (1 << shift) - 1
+                disallow[0] |= np.uint64(base & inside != 0)
+                disallow[-1] |= np.uint64((base + pages) & inside != 0)
+                disallow |= np.uint64(offset & inside != 0)
+                row["disallow"][level] = at + sum(map(len, parts))
+                parts.append(disallow)
+            row["rmap"][level] = at + sum(map(len, parts))
+            parts.append(np.zeros(frames, np.uint64))
+        words = np.concatenate([self.vm.slot_words, *parts])
+        slots = self.vm.mem.slots
+        if len(slots) <= len(self._prepared):
+            slots = np.append(slots, np.zeros(len(slots), MEMSLOT))
+        self.vm = self.vm._replace(slot_words=words, mem=self.vm.mem._replace(slots=slots))
+
+    # --- running it
+
+    def run(self, events: np.ndarray, first: int = 0, *, supply: np.ndarray | None = None) -> Run:
+        """Replay events from index `first` on.
+
+        Args:
+            events: EVENT rows.
+            supply: uint64, data of the device reads in order; zeros beyond.
+
+        Returns:
+            The run; its log is a copy.
+
+        Raises:
+            ValueError: an event that cannot be replayed; NotBuilt: guest paging without tdp; MachineError: see there.
+        """
+        if first == 0:
+            self.check(events)
+        supply = np.zeros(0, np.uint64) if supply is None else np.ascontiguousarray(supply, np.uint64)
+        word = self.vm.word
+        word[VmWord.LOGGED] = word[VmWord.SUPPLIED] = 0
+        logs = []
+        while True:
+            stopped = int(drive(self.vm, self.state, self._table, self._prepared, self._log, supply, events, first))
+            logs.append(self._log[: int(word[VmWord.LOGGED])].copy())
+            stop = Stop(int(word[VmWord.STOP]))
+            if stop != Stop.LOG_FULL:
+                break
+            word[VmWord.LOGGED], first = 0, stopped
+        if stop == Stop.SHADOW_PAGING:
+            raise NotBuilt("shadow paging")
+        if stop in ERRORS:
+            address, code = int(word[VmWord.STOP_ADDRESS]), int(word[VmWord.STOP_CODE])
+            raise MachineError(f"event {stopped}, address {address:#x}, access {code:#x}: {ERRORS[stop]}")
+        return Run(stopped, stop, int(word[VmWord.STOP_ADDRESS]), int(word[VmWord.STOP_CODE]), np.concatenate(logs))
+
+    def configure(self, *, log_faults: bool = False, log_accesses: bool = False, stop_at_fault: bool = False) -> None:
+        """Choose what the log holds besides device accesses, guest faults and loads, and whether a guest #PF ends a replay."""
+        word = self.vm.word
+        word[VmWord.LOG_FAULTS], word[VmWord.LOG_ACCESSES], word[VmWord.STOP_AT_FAULT] = log_faults, log_accesses, stop_at_fault
+        word[VmWord.STOP_WHEN_FULL] = 1
+
+    def counters(self) -> dict[str, int]:
+        """KVM's counters and ours about the processor, by name, of the VM and all its vCPUs."""
+        totals = self.state.stat.sum(axis=0)
+        counters = {counter.name.lower(): int(totals[counter]) for counter in Counter}
+        counters["max_mmu_page_hash_collisions"] = int(self.state.stat[:, Counter.MAX_MMU_PAGE_HASH_COLLISIONS].max())
+        return counters
+
+    def report(self, slot: int) -> np.ndarray:
+        """What the last DIRTY_GET of the slot returned: bool[pages]. Before a DIRTY_CLEAR, `set_report` says what to clear."""
+        row = self._prepared[self.slots[slot].row]
+        words = self.vm.slot_words[int(row["report"]) : int(row["report"]) + -(-int(row["pages"]) // 64)]
+        return np.unpackbits(words.view(np.uint8), bitorder="little")[: int(row["pages"])].astype(bool)
+
+    def set_report(self, slot: int, pages: np.ndarray) -> None:
+        """Name the pages, by number within the slot, that the next DIRTY_CLEAR clears."""
+        row = self._prepared[self.slots[slot].row]
+        bits = np.zeros(-(-int(row["pages"]) // 64) * 64, bool)
+        bits[pages] = True
+        start = int(row["report"])
+        self.vm.slot_words[start : start + len(bits) // 64] = np.packbits(bits, bitorder="little").view(np.uint64)
+
+    # --- checking what goes into it
+
+    def _check_cr3(self, cr3: int) -> None:
+        if cr3 & int(GPTE64.ADDR) >> self._maxphyaddr << self._maxphyaddr:
+            raise ValueError(f"cr3: {cr3:#x}, expected an address of {self._maxphyaddr} bits")
+
+    def check(self, events: np.ndarray) -> None:
+        """Refuse what compiled code would trust.
+
+        Raises:
+            ValueError: naming the event and what was expected.
+        """
+        if not isinstance(events, np.ndarray) or events.dtype != EVENT or events.ndim != 1:
+            raise ValueError(f"events: {getattr(events, 'dtype', type(events).__name__)}, expected EVENT rows")
+        op, access, address, value = (events[name] for name in ("op", "access", "address", "value"))
+
+        def refuse(bad: np.ndarray, column: str, expected: str) -> None:
+            if bad.any():
+                at = int(np.flatnonzero(bad)[0])
+                name = Op(int(op[at])).name if op[at] < len(Op) else "event"
+                raise ValueError(f"event {at}, {name}: {column} {int(events[column][at]):#x}, expected {expected}")
+
+        refuse(op >= len(Op), "op", f"an operation up to {len(Op) - 1}")
+        refuse(op == Op.GENERATION, "op", "memslot events instead: the machine keeps the generation")
+        touches, data = np.isin(op, ACCESSES), np.isin(op, DATA)
+        known = np.uint8(PFERR.W | PFERR.U | PFERR.F)
+        refuse(touches & (access & ~known != 0), "access", "W, U and F alone")
+        refuse(
+            touches & (access & known & np.uint8(PFERR.W | PFERR.F) == PFERR.W | PFERR.F), "access", "a write or a fetch, not both"
+        )
+        refuse(data & ((events["size"] == 0) | (events["size"] > 8)), "size", "1 to 8 bytes")
+        refuse(data & (access & np.uint8(PFERR.F) != 0), "access", "no fetch")
+        refuse((op == Op.LOAD) & (access & np.uint8(PFERR.W) != 0), "access", "a read")
+        refuse(np.isin(op, (Op.WRITE, Op.EXCHANGE)) & (access & np.uint8(PFERR.W) == 0), "access", "a write")
+        behind = np.append(op[1:], len(Op))
+        refuse((op == Op.EXCHANGE) & (behind != Op.OPERAND), "op", "an OPERAND event behind it")
+        wide = any(cpu.mode == Mode.LONG5 for cpu in self._cpus)
+        shift = np.uint64(64 - (57 if wide else 48))
+        canonical = ((address << shift).view(np.int64) >> shift.astype(np.int64)).view(np.uint64)
+        refuse((touches | (op == Op.INVLPG)) & (canonical != address), "address", "a canonical address")
+        refuse(
+            (op == Op.STORE) & ((address & np.uint64(7) != 0) | (address >= PHYSICAL_LIMIT)),
+            "address",
+            "a multiple of 8 below 2^52",
+        )
+        outside = value & GPTE64.ADDR & ~field(self._maxphyaddr - 1, 0) != 0
+        refuse((op == Op.CR3) & outside, "value", f"an address of {self._maxphyaddr} bits")
+        refuse((op == Op.VCPU) & (value >= self.vcpus), "value", f"a vCPU below {self.vcpus}")
+        refuse(np.isin(op, (Op.MODE, Op.REGISTERS)) & (value >= len(self._cpus)), "value", "a row of registers()")
+        refuse((op == Op.PARAMETER) & (~np.isin(address, PARAMETERS) | (value > 1)), "address", "NX_HUGE_PAGES or EAGER_PAGE_SPLIT")
+        refuse((op == Op.PAGE_LIMIT) & (value < 64), "value", "at least 64, as KVM demands")
+        page = np.uint64(PAGE_SIZE - 1)
+        span = (address & page != 0) | (value & page != 0) | (address >= value) | (value > PHYSICAL_LIMIT)
+        refuse((op == Op.UNMAP) & span, "address", "a range of whole pages")
+        self._follow_slots(events, refuse)
+
+    def _follow_slots(self, events: np.ndarray, refuse: Callable) -> None:
+        """Follow memslots through the stream: ids must exist, slots must not overlap."""
+        slots = dict(self.slots)
+        for at in np.flatnonzero(np.isin(events["op"], SLOT_EVENTS)).tolist():
+            op, identity, value = (int(events[name][at]) for name in ("op", "address", "value"))
+            here = np.arange(len(events)) == at
+            if op == Op.SLOT_CREATE:
+                refuse(here & (value >= len(self._prepared)), "value", "a row of prepare_slot()")
+                row = self._prepared[value]
+                start, end, identity = (int(row[name]) for name in ("start", "end", "id"))
+                clash = identity in slots or any(start < other.end and other.start < end for other in slots.values())
+                refuse(here & clash, "value", f"a free id and range; slot {identity} is taken or overlaps another")
+                slots[identity] = MemslotInfo(start, end, int(row["flags"]), value)
+                continue
+            refuse(here & (identity not in slots), "address", "the id of a memslot")
+            if op == Op.SLOT_DELETE:
+                del slots[identity]
+            elif op == Op.SLOT_FLAGS:
+                old = slots[identity]
+                refuse(
+                    here & ((value ^ old.flags) & ~int(SlotFlag.LOG_DIRTY_PAGES) != 0),
+                    "value",
+                    "no flag changed but LOG_DIRTY_PAGES",
+                )
+                slots[identity] = MemslotInfo(old.start, old.end, value, old.row)
+            else:
+                refuse(here & (not slots[identity].flags & SlotFlag.LOG_DIRTY_PAGES), "address", "a memslot that logs dirty pages")
+        self.slots = slots
+
+
+ACCESSES = (Op.ACCESS, Op.DEVICE, Op.LOAD, Op.WRITE, Op.EXCHANGE)
+DATA = (Op.LOAD, Op.WRITE, Op.EXCHANGE)
+SLOT_EVENTS = (Op.SLOT_CREATE, Op.SLOT_DELETE, Op.SLOT_FLAGS, Op.DIRTY_GET, Op.DIRTY_CLEAR)
+ERRORS = {
+    Stop.NO_TABLES: "the machine's pool of tables is used up, expected a larger `tables`",
+    Stop.NO_PAGES: "no shadow page is free under the limit: KVM_RUN fails with ENOSPC",
+    Stop.NO_PROGRESS: "the access faults for ever: the guest makes no progress",
+    Stop.DEVICE_FETCH: "an instruction fetched from a device: KVM cannot emulate it",
+}

@@ -1,0 +1,47 @@
+"""Scenario files of a real KVM: everything that it counted, delivered and changed must come out of the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastmmu.machine import NotBuilt
+from fastmmu.trace.scenario import load_scenario
+from fastmmu.validate import Replay, validate
+
+DIRECT = (
+    "npt1.A512", "npt1.A512log", "npt1.B", "npt1.Binit", "npt1.C", "npt1.E", "npt1-tdpN.A512", "npt1-tdpN.B", "npt1-eagerN.B",
+    "npt1-nxforce.Bexec", "npt0.A512np",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def truth(shared: Path) -> Path:
+    return shared / "kvm" / "truth"
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_real_kvm_counted_the_same(truth: Path, name: str) -> None:
+    outcome = validate(load_scenario(truth / f"{name}.json"), audited=True)
+    assert outcome.compared > 700
+    assert not outcome.differ
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_faults_come_in_the_recorded_order(truth: Path, name: str) -> None:
+    """`info.faults` is not required, but it was recorded: address and error code of each fault, in order."""
+    document = json.loads((truth / f"{name}.json").read_text())
+    replay = Replay(load_scenario(truth / f"{name}.json"))
+    for step, raw in zip(replay.scenario.steps, document["steps"], strict=True):
+        seen = replay.run_step(step)
+        if "faults" in raw.get("info", {}):
+            runs = [(int(a, 16), int(s, 16), n, int(code, 16)) for a, s, n, code in raw["info"]["faults"]]
+            assert seen.faults == [(a + i * s, code) for a, s, n, code in runs for i in range(n)]
+
+
+def test_what_is_not_built_is_named(truth: Path) -> None:
+    for name, missing in (("npt0.A512", "shadow paging"), ("npt1.F", "nested paging")):
+        with pytest.raises(NotBuilt, match=missing):
+            validate(load_scenario(truth / f"{name}.json"))
