@@ -36,6 +36,12 @@ class Cell:
     def name(self) -> str:
         return f"{self.experiment}/{self.workload}/{self.strategy}"
 
+    @classmethod
+    def named(cls, name: str) -> Cell:
+        """The cell of that name; a workload's own name may hold slashes."""
+        experiment, *workload, strategy = name.split("/")
+        return cls(experiment, "/".join(workload), strategy)
+
 
 @dataclass(frozen=True)
 class Timed:

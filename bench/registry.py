@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import access_checks, mmio_cache, replay_cost, walk_speed
+from bench import access_checks, faults, mmio_cache, mmio_mmu, mmu_cost, replay_cost, walk_speed
 from bench.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -13,5 +13,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         replay_cost.EXPERIMENT,
         walk_speed.EXPERIMENT,
         walk_speed.THREADS,
+        faults.EXPERIMENT,
+        mmu_cost.EXPERIMENT,
+        mmio_mmu.EXPERIMENT,
     )
 }

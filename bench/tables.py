@@ -73,8 +73,8 @@ def by_workload(suite: dict[str, pyperf.Benchmark]) -> dict[str, dict[str, dict[
     """Benchmarks by workload, strategy and metric, in the order of the file."""
     found: dict[str, dict[str, dict[str, pyperf.Benchmark]]] = {}
     for name, benchmark in suite.items():
-        _, workload, strategy, metric = name.split("/")
-        found.setdefault(workload, {}).setdefault(strategy, {})[metric] = benchmark
+        _, *workload, strategy, metric = name.split("/")
+        found.setdefault("/".join(workload), {}).setdefault(strategy, {})[metric] = benchmark
     return found
 
 

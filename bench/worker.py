@@ -37,12 +37,12 @@ def main() -> None:
         die_with(args.parent)
         context = Context(args.trace, args.records)
         for name in args.compile_only.split(","):
-            cell = Cell(*name.split("/"))
+            cell = Cell.named(name)
             EXPERIMENTS[cell.experiment].timed(context, cell).run(1)
         return
     args = runner.parse_args()
     die_with(args.parent)
-    cell = Cell(*args.cell.split("/"))
+    cell = Cell.named(args.cell)
     work = EXPERIMENTS[cell.experiment].timed(Context(args.trace, args.records), cell)
     runner.bench_time_func(f"{cell.name}/time", work.run, inner_loops=work.accesses)
     if work.digest() != args.digest:

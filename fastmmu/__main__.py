@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from fastmmu.explain import explain
+from fastmmu import commands
 from fastmmu.processor import GeneralProtection
-from fastmmu.trace import TraceError, load_snapshot
+from fastmmu.trace import TraceError
 from fastmmu.trace.npz import MAXPHYADDR
-from fastmmu.translate import FETCH, USER, WRITE, checked_gva, translate_many
+from fastmmu.translate import checked_gva
 
-FAULTED, BAD_INPUT = 1, 2
+BAD_INPUT = commands.UNREADABLE
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,11 +33,30 @@ def number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no address, expected hexadecimal of up to 64 bits") from None
 
 
+def geometry(text: str) -> tuple[int, int]:
+    """A TLB on the command line: SETSxWAYS."""
+    try:
+        sets, ways = (int(part) for part in text.lower().split("x"))
+        if not 1 <= sets <= 1 << 20 or sets & (sets - 1) or not 1 <= ways <= 64:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no TLB, expected SETSxWAYS, the sets a power of two: 256x4") from None
+    return sets, ways
+
+
+def positive(text: str) -> int:
+    """A number of records."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive number")
+    return int(text)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(prog="fastmmu", description="Walk the page tables of a guest.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("translate", help="translate guest virtual addresses by the page tables of a snapshot")
+    parser = Parser(prog="fastmmu", description="An executable model of KVM's x86 MMU.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    command = subparsers.add_parser("translate", help="translate guest virtual addresses by the page tables of a snapshot")
+    command.set_defaults(run=commands.translate_command)
     command.add_argument("snapshot", type=Path, metavar="SNAPSHOT", help="an .npz snapshot (docs/snapshot-format.md)")
     command.add_argument("gvas", type=number, nargs="+", metavar="GVA", help="guest virtual addresses, hexadecimal")
     command.add_argument("--cr3", type=number, help="page-table root (default: the snapshot's active one)")
@@ -46,33 +65,40 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("--fetch", action="store_true", help="an instruction fetch")
     command.add_argument("--maxphyaddr", type=int, default=MAXPHYADDR, help=f"physical-address bits (default: {MAXPHYADDR})")
     command.add_argument("--explain", action="store_true", help="show each entry of the walk")
+
+    command = subparsers.add_parser("validate", help="replay scenario files and compare with what a real KVM counted")
+    command.set_defaults(run=commands.validate_command)
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a kvm-truth/1 scenario (docs/kvm.md)")
+    command.add_argument("--audit", action="store_true", help="check the whole state after each step")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    command = subparsers.add_parser("replay", help="replay a recorded stream through KVM's MMU")
+    command.set_defaults(run=commands.replay_command)
+    command.add_argument("file", type=Path, metavar="FILE", help="an .npz replay file (docs/replay-format.md)")
+    command.add_argument("--mmu", choices=("tdp", "legacy"), default="tdp", help="TDP MMU, or the shadow MMU's direct map")
+    levels = tuple(commands.HOST_LEVELS)
+    command.add_argument("--host-page", choices=levels, default="4k", help="the host's own mapping of the memory (default: 4k)")
+    command.add_argument("--tlb", type=geometry, default=(256, 4), metavar="SETSxWAYS", help="the vCPU's TLB (default: 256x4)")
+    command.add_argument("--ept", action="store_true", help="sptes and faults of EPT (default: NPT)")
+    command.add_argument("--nx-huge-pages", action="store_true", help="huge pages are never executable")
+    command.add_argument("--records", type=positive, help="the first records only")
+    command.add_argument("--audit", action="store_true", help="check the whole state every 65,536 events")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
-
-
-def translate_command(args: argparse.Namespace) -> int:
-    """`fastmmu translate`: one line for each address; exit status 1 when one faults."""
-    snapshot = load_snapshot(args.snapshot, cr3=args.cr3, maxphyaddr=args.maxphyaddr)
-    access = WRITE * args.write | USER * args.user | FETCH * args.fetch
-    told = [explain(snapshot.memory, snapshot.cpu, gva, access) for gva in args.gvas]
-    answers = translate_many(snapshot.memory, snapshot.cpu, args.gvas, access)
-    for gva, text in zip(args.gvas, told, strict=True):
-        print(text if args.explain else f"{gva:#x}: {text.rsplit('=> ', 1)[1]}")
-    return 0 if answers.ok.all() else FAULTED
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: errors become one line and exit status 2."""
     args = parse(arguments)
     try:
-        return translate_command(args)
+        return args.run(args)
     except TraceError as error:
-        message = str(error)
+        commands.complain(error)
     except (GeneralProtection, MemoryError) as error:
-        message = f"{args.snapshot}: {error}"
+        commands.complain(f"{getattr(args, 'snapshot', None) or args.file}: {error}")
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing is left to say
         return 0
-    print(f"error: {message}", file=sys.stderr)
     return BAD_INPUT
 
 

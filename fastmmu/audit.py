@@ -22,7 +22,7 @@ from fastmmu.state import (
     VcpuWord,
     VmWord,
 )
-from fastmmu.tlb import DIRTY, EXECUTE, VALID
+from fastmmu.tlb import DIRTY, EPOCH_SHIFT, EXECUTE
 
 PAGE_COUNTERS = {1: "pages_4k", 2: "pages_2m", 3: "pages_1g"}
 FLUSHING = int(Request.TLB_FLUSH | Request.TLB_FLUSH_CURRENT | Request.LOAD_ROOT | Request.FREE_OBSOLETE_ROOTS)
@@ -276,8 +276,8 @@ def check_tlb(state: State, vcpu: int) -> None:
     machine, word = state.machine, state.word
     if int(word[REQUESTS + vcpu]) & FLUSHING or not machine.state.own[vcpu, VcpuWord.ROOT]:
         return
-    entries = machine.state.tlb[vcpu].reshape(-1, 2)
-    entries = entries[entries[:, 0] & VALID != 0, 1]
+    entries, epoch = machine.state.tlb[vcpu, :-1].reshape(-1, 2), machine.state.tlb[vcpu, -1, 0, 0]
+    entries = entries[entries[:, 0] >> EPOCH_SHIFT == epoch, 1]
     for entry in entries.tolist():
         gfn = (entry & int(GPTE64.ADDR)) >> 12
         spte = lookup(state, vcpu, gfn)

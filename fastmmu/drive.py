@@ -6,7 +6,7 @@ import numpy as np
 
 from fastmmu import dirty_log, host
 from fastmmu._jit import inner, kernel
-from fastmmu.bits import ONE, PFERR, ZERO
+from fastmmu.bits import GPTE64, ONE, PAGE_OFFSET, PFERR, ZERO
 from fastmmu.events import Op
 from fastmmu.guest import (
     REQUESTS,
@@ -22,7 +22,7 @@ from fastmmu.guest import (
     write_log,
     write_memory,
 )
-from fastmmu.hardware import leave
+from fastmmu.hardware import leave, not_plain, walk_plainly
 from fastmmu.memslot import note_write, slot_by_id
 from fastmmu.shadow import count, set_page_limit
 from fastmmu.state import (
@@ -34,11 +34,12 @@ from fastmmu.state import (
     Request,
     Status,
     Stop,
+    Touch,
     VcpuState,
     VcpuWord,
     VmWord,
 )
-from fastmmu.tlb import flush, invalidate
+from fastmmu.tlb import flush, invalidate, lookup
 from fastmmu.walk import ALL_ONES
 
 (
@@ -53,7 +54,7 @@ NO = np.uint8(0)
 @inner
 def vcpu_of(vcpus, number):
     """One vCPU's state."""
-    mmu = MmuState(vcpus.mmu.reg[number], vcpus.mmu.reserved[number], vcpus.mmu.permissions[number], None)
+    mmu = MmuState(vcpus.mmu.reg[number], vcpus.mmu.reserved[number], vcpus.mmu.permissions[number], vcpus.mmu.plain[number])
     return VcpuState(mmu, vcpus.trail[number], vcpus.own[number], vcpus.tlb[number], vcpus.stat[number])
 
 
@@ -116,7 +117,27 @@ def plain_access(vm, vcpu, log, supply, event, row):
     return touched
 
 
-@inner
+@inner(inline=True)
+def quick_access(vm, vcpu, row):
+    """An ACCESS or DEVICE that neither exits nor faults: by the TLB, or by a plain walk. Not DONE says that it is none of these."""
+    gva, access = row["address"], np.uint64(row["access"])
+    if is_asked(vm, vcpu):
+        return not_plain()
+    if access & PFERR.F != ZERO:
+        vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS] = gva, access
+    entry = lookup(vcpu.tlb, vcpu.mmu, gva, access)
+    if entry != ZERO:
+        count(vcpu.stat, Counter.TLB_HITS)
+        touched = Touch(Status.DONE, (entry & GPTE64.ADDR) | (gva & PAGE_OFFSET), ZERO, ZERO)
+    else:
+        touched = walk_plainly(vm, vcpu, gva, access)
+        vcpu.stat[Counter.TLB_MISSES] += touched.status == Status.DONE
+    if touched.status == Status.DONE and access & PFERR.W != ZERO and vm.word[VmWord.LOGGING_SLOTS] != ZERO:
+        note_write(vm, vcpu, touched.gpa)
+    return touched
+
+
+@inner(inline=True)
 def after_access(vm, vcpu, log, event, row, touched):
     """Log what an access came to; False when the replay ends with it."""
     if touched.status == Status.STOP:
@@ -181,6 +202,8 @@ def set_registers(vm, vcpu, table, row, by_guest):
     reg[Reg.GENERATION] = generation
     copy(vcpu.mmu.reserved, table.mmu.reserved[row])
     copy(vcpu.mmu.permissions, table.mmu.permissions[row])
+    for kind in range(len(vcpu.mmu.plain)):
+        copy(vcpu.mmu.plain[kind], table.mmu.plain[row, kind])
     own[VcpuWord.FETCH_ACCESS] = ZERO
     if by_guest:
         flush(vcpu.tlb)
@@ -242,7 +265,9 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                 stop(vm, Stop.LOG_FULL, address, ZERO)
                 return i
             if op <= DEVICE:
-                touched = plain_access(vm, vcpu, log, supply, i, row)
+                touched = quick_access(vm, vcpu, row)
+                if touched.status != Status.DONE:
+                    touched = plain_access(vm, vcpu, log, supply, i, row)
             else:
                 compared = events[i + 1]["value"] if op == EXCHANGE else ZERO
                 touched = data_access(vm, vcpu, log, supply, i, op, row, compared)

@@ -22,6 +22,7 @@ from fastmmu.shadow import (
     flush_remote,
     get_shadow_page,
     gfn_of_entry,
+    is_short_of_pages,
     link,
     make_pages_available,
     rmap_index,
@@ -188,7 +189,7 @@ def map_tdp(vm, vcpu, number, gfn, fetch):
     return Outcome.FIXED if number != NO_SLOT else Outcome.EMULATE
 
 
-@inner
+@inner(inline=True)
 def map_direct(vm, vcpu, number, gfn, fetch):
     """Map `gfn` in direct shadow pages, then its neighbours (facts 5.4a, 5.10)."""
     goal, requested, disallowed = goal_levels(vm, number, gfn, fetch)
@@ -223,7 +224,7 @@ def map_direct(vm, vcpu, number, gfn, fetch):
     return outcome
 
 
-@inner
+@inner(inline=True)
 def set_leaf(vm, vcpu, number, index, level, gfn):
     """Write the leaf of a shadow page (facts 5.10)."""
     old = vm.spt[index]
@@ -240,7 +241,7 @@ def set_leaf(vm, vcpu, number, index, level, gfn):
     if spte == old:
         return Outcome.SPURIOUS
     if not was_mapped:
-        add_leaf(vm, vcpu, number, index, level)
+        add_leaf(vm.slot_words, vcpu.stat, vm.mem.slots[number], index, frame_at(gfn, level), level)
     elif loses(vm.word, old, spte):
         flush_remote(vm.word, vcpu.stat)
     return Outcome.FIXED
@@ -254,11 +255,10 @@ def loses(word, old, spte):
 
 
 @inner
-def add_leaf(vm, vcpu, number, index, level):
-    """Account for a new leaf, and enter it in the reverse map."""
-    slot = vm.mem.slots[number]
-    vm.slot_words[rmap_index(slot, gfn_of_entry(vm, index), level)] = index
-    count_leaf(vcpu.stat, level, 1)
+def add_leaf(slot_words, stat, slot, index, gfn, level):
+    """Account for a new leaf of `gfn`, and enter it in the reverse map."""
+    slot_words[rmap_index(slot, gfn, level)] = index
+    count_leaf(stat, level, 1)
 
 
 @inner
@@ -292,8 +292,9 @@ def prefetch_run(vm, vcpu, start, end):
     if logs_dirty(slot) or is_readonly(slot) or gfn + (end - start) > slot["base"] + slot["pages"]:
         return False
     for index in range(start, end):
-        vm.spt[index] = make_leaf(vm.word, gfn + (index - start), ONE, ACC.ALL, vm.spt[index], True, True)
-        add_leaf(vm, vcpu, number, index, ONE)
+        vm.spt[index] = make_leaf(vm.word, gfn, ONE, ACC.ALL, vm.spt[index], True, True)
+        add_leaf(vm.slot_words, vcpu.stat, slot, index, gfn, ONE)
+        gfn += ONE
     return True
 
 
@@ -314,7 +315,7 @@ def handle(vm, vcpu, address, pferr):
     fetch = pferr & PFERR.F != ZERO
     if vm.word[VmWord.TDP_MMU] != ZERO:
         return map_tdp(vm, vcpu, number, gfn, fetch)
-    if not make_pages_available(vm, vcpu.stat):
+    if is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
         return Outcome.NO_PAGES
     return map_direct(vm, vcpu, number, gfn, fetch)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import fetch_or, inner, load
-from fastmmu.bits import ACC, GPTE64, ONE, PAGE_SHIFT, PFERR, ZERO, field
+from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
 from fastmmu.memslot import mark_dirty, note_write, slot_by_gfn
+from fastmmu.paging import LONG4
 from fastmmu.permission import key_fault, permission_fault
 from fastmmu.shadow import count
 from fastmmu.spte import entry_of, is_last, is_writable, pfn_of
@@ -28,11 +29,13 @@ from fastmmu.state import (
 from fastmmu.tlb import flush, insert, lookup
 from fastmmu.walk import (
     ALL_ONES,
+    MODE_LONG4,
     MODE_NONE,
     access_of,
     exchange_entry,
     mode_of,
     page_gpa,
+    plain_for,
     read_entry,
     reserved_row,
     table_index,
@@ -44,6 +47,9 @@ FINAL_ACCESS = PFERR.U | PFERR.GUEST_FINAL
 PAE_ROOT_SHIFT, PAE_ROOT_MASK = np.uint64(18), np.uint64(3)
 PAE_LEVEL = np.uint64(2)
 ADDRESS_32 = field(31, 0)
+POINTER_MASK = NPT_SPTE.MMU_PRESENT | NPT_SPTE.PS
+ENTRY_SHIFT = np.uint64(3)
+FETCH_SHIFT = np.uint64(4 - 1)
 NOWHERE = ALL_ONES  # instead of the index of an spte: the entry faults
 
 
@@ -242,6 +248,70 @@ def walk_guest(vm, vcpu, gva, access):
 
 
 @inner(inline=True)
+def is_usable(spt, table, level, gfn, needed, forbidden):
+    """(whether a leaf maps `gfn` that holds all bits of `needed` and none of `forbidden`, the leaf)."""
+    spte = load(spt, entry_of(table, gfn, level))
+    while spte & POINTER_MASK == NPT_SPTE.MMU_PRESENT and level > ONE:
+        level -= ONE
+        spte = load(spt, entry_of(pfn_of(spte), gfn, level))
+    return spte & (needed | forbidden) == needed, spte
+
+
+@inner
+def not_plain():
+    """What a plain walk answers where the case is not plain."""
+    return Touch(Status.STOP, ZERO, ZERO, ZERO)
+
+
+@inner(inline=True)
+def walk_plainly(vm, vcpu, gva, access):
+    """The plain case of a walk in two dimensions: 4-level paging, nothing denied, every A and D already set, in both dimensions.
+
+    One masked compare for each entry stands for all checks. DONE fills the TLB as the exact walk would; EXIT is a fault of the
+    final address; STOP says only that the case is not plain.
+    """
+    word, plain = vm.word, plain_for(vcpu.mmu, access)
+    if plain.mode != MODE_LONG4 or word[VmWord.TDP] == ZERO:
+        return not_plain()
+    root, top = vcpu.own[VcpuWord.ROOT], word[VmWord.ROOT_LEVEL]
+    needed = word[VmWord.USE_TABLE]
+    table, level = plain.root, LONG4.levels
+    rights, seen = ALL_ONES, ZERO
+    while True:
+        entry = table + (table_index(gva, level, LONG4.index_bits) << ENTRY_SHIFT)
+        usable, _ = is_usable(vm.spt, root, top, entry >> PAGE_SHIFT, needed, ZERO)
+        if not usable:
+            return not_plain()
+        gpte = load(vm.mem.words, entry >> WORD_SHIFT)
+        rights &= gpte
+        seen |= gpte
+        if level == ONE:
+            if gpte & plain.leaf_mask != plain.leaf:
+                return not_plain()
+            break
+        if gpte & plain.pointer_mask != plain.pointer:
+            reserved = vcpu.mmu.reserved[reserved_row(GPTE64.PS, level)]
+            if gpte & GPTE64.PS == ZERO or gpte & reserved != ZERO or gpte & plain.leaf_mask != plain.leaf:
+                return not_plain()
+            break
+        table = gpte & LONG4.root
+        level -= ONE
+    gpa = page_gpa(LONG4, gpte, gva, level)
+    kind = ((access & PFERR.W) >> ONE) | ((access & PFERR.F) >> FETCH_SHIFT)  # 0 read, 1 write, 2 fetch
+    needed, forbidden = word[np.uint64(VmWord.USE_READ) + kind], word[np.uint64(VmWord.NOT_READ) + kind]
+    usable, spte = is_usable(vm.spt, root, top, gpa >> PAGE_SHIFT, needed, forbidden)
+    if not usable:
+        mapped, spte = touch_gpa(vm, vcpu, gpa, final_access(vm, access))
+        if not mapped:
+            return leaves(gpa, spte)
+    granted = access_of((rights & ~GPTE64.NX) | (~seen & GPTE64.NX))
+    writable = word[VmWord.USE_WRITE]
+    dirty = gpte & GPTE64.D != ZERO and spte & writable == writable
+    insert(vcpu.tlb, gva, gpa, granted, level, dirty, is_executable(word, spte))
+    return Touch(Status.DONE, gpa, ZERO, ZERO)
+
+
+@inner(inline=True)
 def translate_page(vm, vcpu, gva, access):
     """Translate one address as the processor does, by its TLB or by a walk that fills it."""
     entry = lookup(vcpu.tlb, vcpu.mmu, gva, access)
@@ -249,7 +319,8 @@ def translate_page(vm, vcpu, gva, access):
         count(vcpu.stat, Counter.TLB_HITS)
         return Touch(Status.DONE, (entry & GPTE64.ADDR) | (gva & ((ONE << PAGE_SHIFT) - ONE)), ZERO, ZERO)
     count(vcpu.stat, Counter.TLB_MISSES)
-    return walk_and_insert(vm, vcpu, gva, access)
+    touched = walk_plainly(vm, vcpu, gva, access)
+    return touched if touched.status != Status.STOP else walk_and_insert(vm, vcpu, gva, access)
 
 
 @inner

@@ -115,3 +115,9 @@ def set_spte_masks(word: np.ndarray, kvm: Kvm) -> None:
         }
     for which, mask in masks.items():
         word[which] = mask
+    present = NPT_SPTE.MMU_PRESENT | word[VmWord.PRESENT] | word[VmWord.USER] | word[VmWord.ACCESSED]
+    word[VmWord.USE_READ] = present
+    word[VmWord.USE_WRITE] = present | NPT_SPTE.W | word[VmWord.DIRTY]
+    word[VmWord.USE_FETCH] = present | word[VmWord.EXECUTE]
+    word[VmWord.NOT_FETCH] = word[VmWord.NO_EXECUTE]
+    word[VmWord.USE_TABLE] = word[VmWord.USE_READ if kvm.ept and not kvm.ad else VmWord.USE_WRITE]

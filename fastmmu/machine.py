@@ -16,7 +16,7 @@ from fastmmu.drive import drive
 from fastmmu.events import EVENT, EventList, Op
 from fastmmu.kvm import FLAGS, Kvm, set_spte_masks
 from fastmmu.memory import GuestMemory
-from fastmmu.paging import Cpu, Mode, permission_bytes, reserved_masks
+from fastmmu.paging import Cpu, Mode, PlainColumn, permission_bytes, plain_checks, reserved_masks
 from fastmmu.processor import load_registers
 from fastmmu.state import (
     LOG,
@@ -106,7 +106,7 @@ class Machine:
         self._maxphyaddr = cpu.maxphyaddr
         self._prepared = np.zeros(0, MEMSLOT)
         self._cpus: list[Cpu] = []
-        self._table = RegisterTable(MmuState(*(np.zeros(0),) * 3, None), np.zeros(0))
+        self._table = RegisterTable(MmuState(*(np.zeros(0),) * 4), np.zeros(0))
         self._log = np.zeros(LOG_ROWS, LOG)
         self._make_vm(tables)
         self._make_vcpus(cpu)
@@ -138,9 +138,10 @@ class Machine:
         def rows(*shape: int) -> np.ndarray:
             return np.zeros((count, *shape), np.uint64)
 
-        mmu = MmuState(rows(len(Reg)), rows(16), np.zeros((count, 16), np.uint8), None)
+        mmu = MmuState(rows(len(Reg)), rows(16), np.zeros((count, 16), np.uint8), rows(16, len(PlainColumn)))
         own, stat = rows(VCPU_WORDS), np.zeros((count, len(Counter)), np.int64)
-        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets, ways, 2), stat)
+        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets + 1, ways, 2), stat)
+        self.state.tlb[:, -1, 0, 0] = 1  # the first epoch
         self.state.own[:, VcpuWord.NUMBER] = np.arange(count)
         mmu.reg[:, Reg.GENERATION] = self.kvm.generation
         row = self.registers(cpu)
@@ -163,9 +164,9 @@ class Machine:
         reg = np.zeros((len(self._cpus), len(Reg)), np.uint64)
         for row, one in zip(reg, self._cpus, strict=True):
             load_registers(row, one)
-        derived = (np.array([make(one) for one in self._cpus]) for make in (reserved_masks, permission_bytes))
+        derived = (np.array([make(one) for one in self._cpus]) for make in (reserved_masks, permission_bytes, plain_checks))
         raw = np.array([(one.cr0, one.cr4, one.efer) for one in self._cpus], np.uint64)
-        self._table = RegisterTable(MmuState(reg, *derived, None), raw)
+        self._table = RegisterTable(MmuState(reg, *derived), raw)
         return len(self._cpus) - 1
 
     def prepare_slot(self, slot: int, gpa: int, size: int, flags: int = 0, *, host_level: int = 1, hva_offset: int = 0) -> int:
@@ -201,27 +202,27 @@ class Machine:
         return len(self._prepared) - 1
 
     def _add_slot_words(self, row: np.ndarray, offset: int) -> None:
-        """Give a memslot its words: bitmaps, counts against huge pages, reverse map."""
+        """Give a memslot its words: bitmaps, counts against huge pages, reverse map. Zeros cost no memory until they are used."""
         base, pages = int(row["base"]), int(row["pages"])
-        parts: list[np.ndarray] = []
-        at = len(self.vm.slot_words)
+        old = self.vm.slot_words
+        end = len(old)
         for name in ("dirty", "written", "report"):
-            row[name] = at + sum(map(len, parts))
-            parts.append(np.zeros(-(-pages // 64), np.uint64))
-        for level in (1, 2, 3):
-            shift = 9 * (level - 1)
-            frames = ((base + pages - 1) >> shift) - (base >> shift) + 1
-            if level > 1:
-                disallow = np.zeros(frames, np.uint64)
-                inside = (1 << shift) - 1
-                disallow[0] |= np.uint64(base & inside != 0)
-                disallow[-1] |= np.uint64((base + pages) & inside != 0)
-                disallow |= np.uint64(offset & inside != 0)
-                row["disallow"][level] = at + sum(map(len, parts))
-                parts.append(disallow)
-            row["rmap"][level] = at + sum(map(len, parts))
-            parts.append(np.zeros(frames, np.uint64))
-        words = np.concatenate([self.vm.slot_words, *parts])
+            row[name] = end
+            end += -(-pages // 64)
+        frames = {level: ((base + pages - 1) >> 9 * (level - 1)) - (base >> 9 * (level - 1)) + 1 for level in (1, 2, 3)}
+        for name in ("disallow", "rmap"):
+            for level in (1, 2, 3):
+                row[name][level] = end
+                end += frames[level]
+        words = np.zeros(end, np.uint64)
+        words[np.flatnonzero(old)] = old[np.flatnonzero(old)]
+        for level in (2, 3):
+            inside = (1 << 9 * (level - 1)) - 1
+            first = int(row["disallow"][level])
+            counts = words[first : first + frames[level]]
+            counts[0] += np.uint64(base & inside != 0)
+            counts[-1] += np.uint64((base + pages) & inside != 0)
+            counts += np.uint64(offset & inside != 0)
         slots = self.vm.mem.slots
         if len(slots) <= len(self._prepared):
             slots = np.append(slots, np.zeros(len(slots), MEMSLOT))
@@ -229,12 +230,13 @@ class Machine:
 
     # --- running it
 
-    def run(self, events: np.ndarray, first: int = 0, *, supply: np.ndarray | None = None) -> Run:
+    def run(self, events: np.ndarray, first: int = 0, *, supply: np.ndarray | None = None, checked: bool = False) -> Run:
         """Replay events from index `first` on.
 
         Args:
             events: EVENT rows.
             supply: uint64, data of the device reads in order; zeros beyond.
+            checked: `check` has seen these events since the last ones that changed memslots or registers.
 
         Returns:
             The run; its log is a copy.
@@ -242,7 +244,7 @@ class Machine:
         Raises:
             ValueError: an event that cannot be replayed; NotBuilt: guest paging without tdp; MachineError: see there.
         """
-        if first == 0:
+        if not checked:
             self.check(events)
         supply = np.zeros(0, np.uint64) if supply is None else np.ascontiguousarray(supply, np.uint64)
         word = self.vm.word

@@ -317,12 +317,17 @@ def zap_oldest(vm, stat, wanted):
 
 
 @inner
+def is_short_of_pages(word):
+    """Whether fewer shadow pages are free than one fault may need."""
+    return word[VmWord.USED_PAGES] + MIN_FREE_PAGES > word[VmWord.MAX_PAGES]
+
+
+@inner
 def make_pages_available(vm, stat):
-    """Keep enough shadow pages free for one fault; False when none is (facts 5.7)."""
+    """Zap until there are enough shadow pages for many faults; False when not even one is free (facts 5.7)."""
     word = vm.word
     free = word[VmWord.MAX_PAGES] - min(word[VmWord.USED_PAGES], word[VmWord.MAX_PAGES])
-    if free < MIN_FREE_PAGES:
-        zap_oldest(vm, stat, REFILL_PAGES - free)
+    zap_oldest(vm, stat, REFILL_PAGES - free)
     return word[VmWord.USED_PAGES] < word[VmWord.MAX_PAGES]
 
 

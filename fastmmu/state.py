@@ -62,7 +62,7 @@ class MmuState(NamedTuple):
     reg: np.ndarray  # uint64[len(Reg)]
     reserved: np.ndarray  # uint64[16], see paging.reserved_masks
     permissions: np.ndarray  # uint8[16], see paging.permission_bytes
-    plain: np.ndarray | None  # uint64[16, len(PlainColumn)], see paging.plain_checks; None where no plain walk is made
+    plain: np.ndarray  # uint64[16, len(PlainColumn)], see paging.plain_checks
 
 
 class VmState(NamedTuple):
@@ -253,7 +253,14 @@ class VmWord(IntEnum):
     STOP_AT_FAULT = 49  # a guest #PF ends the replay
     MAX_GFN = 50  # beyond it no MMIO spte is made
     VCPUS = 53
-    HASH = 54  # first of the 4096 buckets
+    USE_TABLE = 54  # what a leaf spte must hold for the processor to go through it without more ado: to a guest table,
+    USE_READ = 55  # for a read,
+    USE_WRITE = 56  # a write,
+    USE_FETCH = 57  # a fetch;
+    NOT_READ = 58  # and what it must not hold, for each of the three
+    NOT_WRITE = 59
+    NOT_FETCH = 60
+    HASH = 61  # first of the 4096 buckets
 
 
 HASH_BUCKETS = 4096
@@ -430,7 +437,7 @@ class VcpuState(NamedTuple):
     mmu: MmuState
     trail: np.ndarray  # uint64[TRAIL_LENGTH]
     own: np.ndarray  # uint64[VCPU_WORDS]
-    tlb: np.ndarray  # uint64[sets, ways, 2]
+    tlb: np.ndarray  # uint64[sets + 1, ways, 2], see tlb.py
     stat: np.ndarray  # int64[len(Counter)]: a gauge that one vCPU raises another may lower
 
 

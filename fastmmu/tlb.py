@@ -1,8 +1,9 @@
 """The translation look-aside buffer of a vCPU: what the processor remembers between flushes.
 
-`tlb` is uint64[sets, ways, 2]: 4 KiB translations, the set chosen by the low bits of the page number, each set ordered from the
-newest to the oldest entry, which is the one that goes. No paging-structure caches. First word: page number of the gva, and VALID.
-Second word: frame, rights (ACC bits), and the bits below.
+`tlb` is uint64[sets + 1, ways, 2]: 4 KiB translations, the set chosen by the low bits of the page number, each set ordered from the
+newest to the oldest entry, which is the one that goes. No paging-structure caches. First word: page number of the gva, and the
+epoch in which it was made; an entry of another epoch than today's, which stands in the last row, is none, so that a flush need
+only begin another one. Second word: frame, rights (ACC bits), and the bits below.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from fastmmu._jit import inner
 from fastmmu.bits import ACC, GPTE64, ONE, PAGE_SHIFT, PFERR, ZERO, bit, field
 from fastmmu.permission import permission_fault
 
-VALID = bit(63)
+EPOCH_SHIFT = np.uint64(52)  # of the first word: page numbers have 52 bits
+LAST_EPOCH = field(11, 0)
+PAGE_NUMBER = field(51, 0)
 DIRTY = bit(3)  # a write needs no walk: D is set in the guest's leaf and in the spte, which is writable
-EXECUTE = bit(4)  # the spte is executable
+DIRTY_SHIFT = np.uint64(3 - 1)  # from PFERR.W, which asks for it
+EXECUTE = bit(4)  # the spte is executable: where PFERR.F stands, which asks for it
 LEVEL_SHIFT = np.uint64(5)
 LEVEL = field(6, 5)  # of the guest's leaf
 INDEX_BITS = np.uint64(9)
@@ -24,7 +28,13 @@ INDEX_BITS = np.uint64(9)
 @inner
 def set_of(tlb, page):
     """The set of a page."""
-    return page & np.uint64(tlb.shape[0] - 1)
+    return page & np.uint64(tlb.shape[0] - 2)
+
+
+@inner
+def tag_of(tlb, page):
+    """First word of an entry for a page, made now."""
+    return page | (tlb[tlb.shape[0] - 1, 0, 0] << EPOCH_SHIFT)
 
 
 @inner
@@ -43,20 +53,21 @@ def lookup(tlb, mmu, gva, access):
     An entry that does not grant the access is forgotten: the walk that follows decides (SDM volume 3, 4.10.4.1).
     """
     page = gva >> PAGE_SHIFT
-    index = set_of(tlb, page)
-    for way in range(tlb.shape[1]):
-        if tlb[index, way, 0] == page | VALID:
-            entry = tlb[index, way, 1]
-            clean = access & PFERR.W != ZERO and entry & DIRTY == ZERO
-            no_execute = access & PFERR.F != ZERO and entry & EXECUTE == ZERO
-            if clean or no_execute or permission_fault(mmu, entry & ACC.ALL, access):
-                remove(tlb, index, way)
-                return ZERO
-            return entry
-    return ZERO
+    index, tag = set_of(tlb, page), tag_of(tlb, page)
+    way = np.int64(-1)
+    for i in range(tlb.shape[1]):  # to the end: a loop that leaves where it hits is a branch that no processor foresees
+        way = i if tlb[index, i, 0] == tag else way
+    if way < 0:
+        return ZERO
+    entry = tlb[index, way, 1]
+    needed = ((access & PFERR.W) << DIRTY_SHIFT) | (access & PFERR.F)
+    if entry & needed != needed or permission_fault(mmu, entry & ACC.ALL, access):
+        remove(tlb, index, way)
+        return ZERO
+    return entry
 
 
-@inner
+@inner(inline=True)
 def insert(tlb, gva, gpa, rights, level, dirty, execute):
     """Remember a translation, as the newest of its set."""
     page = gva >> PAGE_SHIFT
@@ -68,24 +79,30 @@ def insert(tlb, gva, gpa, rights, level, dirty, execute):
         entry |= DIRTY
     if execute:
         entry |= EXECUTE
-    tlb[index, 0, 0], tlb[index, 0, 1] = page | VALID, entry
+    tlb[index, 0, 0], tlb[index, 0, 1] = tag_of(tlb, page), entry
 
 
 @inner
 def flush(tlb):
-    """Forget everything."""
-    tlb[:, :, 0] = ZERO
+    """Forget everything: begin another epoch; when their numbers are used up, clear the entries."""
+    last = tlb.shape[0] - 1
+    epoch = tlb[last, 0, 0] + ONE
+    if epoch > LAST_EPOCH:
+        tlb[:, :, 0] = ZERO
+        epoch = ONE
+    tlb[last, 0, 0] = epoch
 
 
 @inner
 def invalidate(tlb, gva):
     """INVLPG: forget the page, and every piece of a large page around it (SDM volume 3, 4.10.4.1)."""
     page = gva >> PAGE_SHIFT
-    for index in range(tlb.shape[0]):
+    epoch = tag_of(tlb, ZERO)
+    for index in range(tlb.shape[0] - 1):
         for back in range(tlb.shape[1]):
             way = tlb.shape[1] - 1 - back
             tag, level = tlb[index, way, 0], (tlb[index, way, 1] & LEVEL) >> LEVEL_SHIFT
-            if tag & VALID != ZERO and level != ZERO:
+            if tag & ~PAGE_NUMBER == epoch and level != ZERO:
                 shift = INDEX_BITS * (level - ONE)
-                if (tag & ~VALID) >> shift == page >> shift:
+                if (tag & PAGE_NUMBER) >> shift == page >> shift:
                     remove(tlb, index, way)

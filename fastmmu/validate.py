@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmmu.audit import audit
+from fastmmu.audit import AuditError, audit
 from fastmmu.bits import CR0
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
@@ -92,15 +92,19 @@ class Replay:
         values = {name: step[name] for name in ("cr0", "cr3", "cr4", "efer")} | other
         return Cpu(**values, maxphyaddr=cpuid["maxphyaddr"], page_1g=bool(cpuid.get("pdpe1gb", True)), amd=True)
 
+    def start(self) -> None:
+        """Before the first guest step: the guest's memory as it was then."""
+        if not self.started:
+            self.write_runs(self.scenario.memory)
+            self.started = True
+
     # --- steps
 
     def run_step(self, step: dict[str, Any]) -> Seen:
         """Do one step."""
         kind = step["do"]
         if kind == "guest":
-            if not self.started:
-                self.write_runs(self.scenario.memory)
-                self.started = True
+            self.start()
             return self.run_guest(step)
         getattr(self, f"do_{kind}")(step)
         return Seen()
@@ -190,7 +194,7 @@ class Replay:
         supply = [data for kind, _, _, data in step.get("expect", {}).get("mmio", []) if kind == "R"]
         first = 0
         while True:
-            run = machine.run(program.events, first, supply=np.array(supply, np.uint64))
+            run = machine.run(program.events, first, supply=np.array(supply, np.uint64), checked=first > 0)
             reads = self.read_log(run.log, program, seen)
             supply = supply[reads:]
             if run.stop != Stop.GUEST_FAULT:
@@ -198,7 +202,6 @@ class Replay:
             op = program.op_of[run.stopped]
             seen.guest_pf.append((op, run.code, run.address, step["cpl"]))
             self.read_log(machine.run(program.handler).log, program, seen)
-            machine.check(program.events)
             first = program.after_op(op)
         for number, op in enumerate(step["ops"]):
             if op[0] in ("R8", "R4", "CMPX"):
@@ -241,28 +244,36 @@ def table_words(words: np.ndarray) -> list[np.ndarray]:
 
 
 def validate(scenario: Scenario, *, audited: bool = False) -> Validation:
-    """Replay a scenario and compare every value that it expects.
+    """Replay a scenario and compare every value that it expects; with `audited`, check the whole state after each step.
+
+    A machine that cannot go on, or whose state does not hold together, is a difference, the last one.
 
     Raises:
-        NotBuilt: the scenario needs what is not modelled yet; TraceError: a step that cannot be done; MachineError, AuditError.
+        NotBuilt: the scenario needs what is not modelled yet; TraceError: a step that cannot be done.
     """
-    replay = Replay(scenario)
+    try:
+        replay = Replay(scenario)
+    except NotBuilt:
+        raise
+    except ValueError as error:
+        raise TraceError(f"{scenario.name}: {error}") from None
     outcome = Validation(scenario.name, len(scenario.steps))
     machine = replay.machine
     for number, step in enumerate(scenario.steps):
+        if step["do"] == "guest":
+            replay.start()
         before, tables = machine.counters(), table_words(machine.memory.words) if step["do"] == "guest" else []
         try:
-            if step["do"] == "guest" and not replay.started:
-                replay.write_runs(scenario.memory)
-                replay.started = True
-                tables = table_words(machine.memory.words)
             seen = replay.run_step(step)
-        except (NotBuilt, MachineError):
+            if audited:
+                audit(machine)
+        except (MachineError, AuditError) as error:
+            outcome.differ.append(Difference(number, "the machine", "goes on", str(error)))
+            return outcome
+        except NotBuilt:
             raise
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise TraceError(f"{scenario.name}: steps[{number}]: {error}") from None
-        if audited:
-            audit(machine)
         compare_step(outcome, number, step, replay, seen, before, tables)
     return outcome
 

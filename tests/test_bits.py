@@ -1,11 +1,12 @@
-"""The second statement of every layout, copied by hand from the manual (SDM volume 3, figures 4-4 and 4-11, table 4-20)."""
+"""The second statement of every layout, copied by hand: from the manual (SDM volume 3, figures 4-4 and 4-11, tables 4-20 and 29-6),
+those of KVM's own bits from facts 3.1 and 5.11."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from fastmmu.bits import ACC, CR0, CR4, EFER, GPTE32, GPTE64, PFERR, RFLAGS
+from fastmmu.bits import ACC, CR0, CR4, EFER, EPT_SPTE, GPTE32, GPTE64, MMIO_SPTE, NPT_SPTE, PFERR, RFLAGS, ROLE
 
 LAYOUTS = {
     "gpte64": (GPTE64, {
@@ -16,13 +17,26 @@ LAYOUTS = {
         "P": 0x1, "W": 0x2, "U": 0x4, "PWT": 0x8, "PCD": 0x10, "A": 0x20, "D": 0x40, "PS": 0x80, "G": 0x100,
         "ADDR": 0xFFFF_F000, "ADDR_4M": 0xFFC0_0000, "PSE36": 0x1_E000,
     }),
-    "pferr": (PFERR, {"P": 1, "W": 2, "U": 4, "RSVD": 8, "F": 0x10, "PK": 0x20, "IMPLICIT": 0x1_0000_0000_0000}),
+    "pferr": (PFERR, {"P": 1, "W": 2, "U": 4, "RSVD": 8, "F": 0x10, "PK": 0x20, "GUEST_FINAL": 0x1_0000_0000,
+                      "GUEST_PAGE": 0x2_0000_0000, "IMPLICIT": 0x1_0000_0000_0000}),
     "acc": (ACC, {"X": 1, "W": 2, "U": 4, "ALL": 7}),
     "cr0": (CR0, {"PE": 1, "WP": 0x1_0000, "PG": 0x8000_0000}),
     "cr4": (CR4, {"PSE": 0x10, "PAE": 0x20, "PGE": 0x80, "LA57": 0x1000, "PCIDE": 0x2_0000, "SMEP": 0x10_0000, "SMAP": 0x20_0000,
                   "PKE": 0x40_0000, "PKS": 0x100_0000}),
     "efer": (EFER, {"LME": 0x100, "LMA": 0x400, "NX": 0x800}),
     "rflags": (RFLAGS, {"AC": 0x4_0000}),
+    "npt_spte": (NPT_SPTE, {
+        "P": 1, "W": 2, "U": 4, "A": 0x20, "D": 0x40, "PS": 0x80, "HOST_WRITABLE": 0x200, "MMU_WRITABLE": 0x400, "MMU_PRESENT": 0x800,
+        "ADDR": 0x000F_FFFF_FFFF_F000, "AD_DISABLED": 0x10_0000_0000_0000, "NX": 0x8000_0000_0000_0000, "MMIO": 0x8_0000_0000_0001,
+    }),
+    "ept_spte": (EPT_SPTE, {
+        "R": 1, "W": 2, "X": 4, "WRITE_BACK": 0x30, "PS": 0x80, "A": 0x100, "D": 0x200, "MMU_PRESENT": 0x800,
+        "ADDR": 0x000F_FFFF_FFFF_F000, "AD_DISABLED": 0x10_0000_0000_0000, "HOST_WRITABLE": 0x200_0000_0000_0000,
+        "MMU_WRITABLE": 0x400_0000_0000_0000, "SUPPRESS_VE": 0x8000_0000_0000_0000, "MMIO": 6, "MMIO_MASK": 0x8000_0000_0000_0007,
+    }),
+    "mmio_spte": (MMIO_SPTE, {"GENERATION_LOW": 0x7F8, "GENERATION_HIGH": 0x7FF0_0000_0000_0000, "GENERATION": 0x7_FFFF}),
+    "role": (ROLE, {"LEVEL": 0xF, "DIRECT": 0x80, "ACCESS": 0x700, "INVALID": 0x800, "EFER_NX": 0x1000, "CR0_WP": 0x2000,
+                    "AD_DISABLED": 0x1_0000}),
 }  # fmt: skip
 
 

@@ -120,8 +120,8 @@ class Replay:
         self.legal: set[int] = set()  # kinds of access for which the cached answer is still legal
 
     def run(self, events: list[tuple[int, ...]]) -> None:
-        """Replay rows of (op, access, checked, record, address, value)."""
-        for op, access, _, _, address, value in events:
+        """Replay rows of (op, access, checked, size, record, address, value)."""
+        for op, access, _, _, _, address, value in events:
             if op == ACCESS:
                 self.answer(self.walk(address, access), "all")
             elif op == DEVICE:

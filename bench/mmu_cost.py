@@ -1,0 +1,144 @@
+"""The mmu experiment: what does KVM's MMU, with the processor under it, cost over walking the same addresses bare?
+
+`<trace>-warm` replays records that cause no exit any more; `<trace>` the whole stream from the first fault on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyperf
+
+from bench.experiment import Cell, Checked, Context, Experiment, Timed, unavailable
+from bench.mmio_cache import check_workload
+from bench.replay_cost import PLAIN, EndTables
+from bench.results import counters_of
+from bench.tables import Table, by_workload, counts, nanoseconds, ratio_text, round_values
+from fastmmu.audit import audit
+from fastmmu.events import Op
+from fastmmu.kvm import Kvm
+from fastmmu.machine import Machine
+from fastmmu.state import Reg
+from fastmmu.stream import machine_for, replay_stream
+from fastmmu.vm import Vm, Workload
+from fastmmu.walk import walk_addresses
+
+NAME = "mmu"
+WARM = "-warm"
+KVMS = {
+    "tdp": Kvm(),
+    "legacy": Kvm(tdp_mmu=False),
+    "tdp-tlb-1x1": Kvm(tlb=(1, 1)),  # every record walks in two dimensions, except one to the page of the last
+}
+
+
+def cells(context: Context) -> list[Cell]:
+    """The bare walk or replay first, then the MMUs."""
+    name = context.workload.name
+    whole = [Cell(NAME, name, strategy) for strategy in ("replay", "tdp", "legacy")]
+    return [Cell(NAME, name + WARM, strategy) for strategy in ("walk", *KVMS)] + whole
+
+
+def warm_workload(context: Context) -> tuple[EndTables, Workload]:
+    """The memory records that translate in the end tables, as a stream over those tables without stores."""
+    end = EndTables(context)
+    memory = end.records["op"] == Op.ACCESS
+    end.records, end.cr3s, end.gvas, end.accesses = (part[memory] for part in (end.records, end.cr3s, end.gvas, end.accesses))
+    words = end.vm.memory.words.reshape(-1, 512)
+    contents = {gfn: words[gfn].copy() for gfn in context.workload.tables}
+    return end, replace(context.workload, tables=contents, events=end.stream())
+
+
+def warm_machine(workload: Workload, kvm: Kvm) -> Machine:
+    """A machine on which the stream has run twice: sptes are there, and what the TLB can hold."""
+    machine = machine_for(workload, kvm)
+    for _ in range(2):
+        replay_stream(workload, machine)
+    return machine
+
+
+def check(context: Context, cell: Cell) -> Checked:
+    """Every record translates as the recording machine did; warm streams cause no fault; the state holds together.
+
+    Raises:
+        ReplayError, CheckError, AuditError.
+    """
+    if cell.strategy in ("walk", "replay"):
+        context.once((context.workload.name, PLAIN.name), lambda: check_workload(context.workload, PLAIN.name))
+        return Checked({"accesses": accesses_of(context, cell)}, 0)
+    kvm = KVMS[cell.strategy]
+    if cell.workload.endswith(WARM):
+        _, workload = warm_workload(context)
+        machine = warm_machine(workload, kvm)
+    else:
+        workload = context.workload
+        machine = machine_for(workload, kvm)
+    before = machine.counters()
+    replay_stream(workload, machine)
+    audit(machine)
+    counters = {name: value - before[name] for name, value in machine.counters().items()}
+    return Checked({**counters, "accesses": accesses_of(context, cell)}, 0)
+
+
+def accesses_of(context: Context, cell: Cell) -> int:
+    """Records of a cell."""
+    if cell.workload.endswith(WARM):
+        return len(context.once("warm", lambda: warm_workload(context))[0].records)
+    return int(np.isin(context.workload.events["op"], (Op.ACCESS, Op.DEVICE)).sum())
+
+
+def timed(context: Context, cell: Cell) -> Timed:
+    """The work of a cell."""
+    if cell.workload.endswith(WARM):
+        end, workload = warm_workload(context)
+        accesses = len(end.records)
+        if cell.strategy == "walk":
+            state, cr3 = end.vm.state, context.workload.cpu.cr3
+
+            def reset() -> None:
+                state.mmu.reg[Reg.CR3] = cr3
+
+            def walk() -> None:
+                walk_addresses(state.mem, state.mmu, state.trail, end.cr3s, end.gvas, end.accesses)
+
+            return Timed(walk, reset, lambda: 0, accesses)
+        machine = warm_machine(workload, KVMS[cell.strategy])
+        return Timed(lambda: replay_stream(workload, machine, checked=True), lambda: None, lambda: 0, accesses)
+    workload = context.workload
+    accesses = accesses_of(context, cell)
+    if cell.strategy == "replay":
+        vm = Vm(workload, PLAIN)
+        return Timed(vm.run, vm.reset, lambda: 0, accesses)
+    fresh: list[Machine] = []
+
+    def renew() -> None:
+        fresh[:] = [machine_for(workload, KVMS[cell.strategy])]
+        fresh[0].check(workload.events)
+
+    return Timed(lambda: replay_stream(workload, fresh[0], checked=True), renew, lambda: 0, accesses)
+
+
+def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
+    """Cost over the bare work, and what explains it."""
+    made = []
+    for workload, strategies in by_workload(suite).items():
+        times = {strategy: round_values(metrics["time"]) for strategy, metrics in strategies.items() if "time" in metrics}
+        plain = next((name for name in ("walk", "replay") if name in times), None)
+        rows = []
+        for strategy, own in times.items():
+            ratio = ratio_text(times[plain], own, cost=True) if plain else "-"
+            counters = counters_of(strategies[strategy]["time"])
+            names = ("exits_no_irq", "pf_fixed", "mmio_exits", "tlb_hits", "tlb_misses", "stores")
+            shown = counts(counters, *names) if "tlb_hits" in counters else ("-",) * len(names)
+            tlb = "-" if strategy == plain else "x".join(map(str, KVMS[strategy].tlb))
+            rows.append((strategy, ratio, nanoseconds(own), tlb, *shown))
+        counted = ("exits", "pf_fixed", "device", "TLB hits", "TLB misses", "stores")
+        head = ("work", f"cost over the {plain}", "ns per record", "TLB", *counted)
+        kind = "memory records that cause no exit" if workload.endswith(WARM) else "the whole stream, from the first fault on"
+        note = f"{kind}: {counters_of(next(iter(strategies.values()))['time'])['accesses']:,} records; 4 KiB host pages."
+        made.append(Table(f"KVM's MMU on {workload}", head, rows, note))
+    return made
+
+
+EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, by_default=False)

@@ -1,0 +1,131 @@
+"""What the `fastmmu` command does: one function for each subcommand, which returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastmmu._jit import JIT
+from fastmmu.audit import AuditError
+from fastmmu.explain import explain
+from fastmmu.kvm import Kvm
+from fastmmu.machine import MachineError, NotBuilt
+from fastmmu.stream import machine_for, replay_stream
+from fastmmu.trace import TraceError, load_replay, load_snapshot
+from fastmmu.trace.scenario import load_scenario
+from fastmmu.translate import FETCH, USER, WRITE, translate_many
+from fastmmu.validate import Validation, validate
+from fastmmu.vm import ReplayError
+
+EQUAL, DIFFERS, UNREADABLE, NOT_BUILT = 0, 1, 2, 3
+SHOWN_DIFFERENCES = 20
+HOST_LEVELS = {"4k": 1, "2m": 2, "1g": 3}
+
+
+def complain(message: object) -> None:
+    """One line on the standard error output."""
+    print(f"error: {message}", file=sys.stderr)
+
+
+def console() -> Console:
+    """Where progress goes: the standard error output."""
+    return Console(stderr=True, highlight=False)
+
+
+def tell_compiling(wanted: bool = True) -> None:
+    """Say once why nothing seems to happen: the kernels of this build are not in the cache."""
+    if not wanted or not JIT or not sys.stderr.isatty():
+        return
+    from fastmmu.drive import drive
+
+    if not drive.stats.cache_path or not list(Path(drive.stats.cache_path).glob("drive.drive-*.nbi")):
+        console().print("compiling the MMU's kernels, once for this build: about 20 seconds")
+
+
+def translate_command(args: argparse.Namespace) -> int:
+    """`fastmmu translate`: one line for each address; exit status 1 when one faults."""
+    snapshot = load_snapshot(args.snapshot, cr3=args.cr3, maxphyaddr=args.maxphyaddr)
+    access = WRITE * args.write | USER * args.user | FETCH * args.fetch
+    told = [explain(snapshot.memory, snapshot.cpu, gva, access) for gva in args.gvas]
+    answers = translate_many(snapshot.memory, snapshot.cpu, args.gvas, access)
+    for gva, text in zip(args.gvas, told, strict=True):
+        print(text if args.explain else f"{gva:#x}: {text.rsplit('=> ', 1)[1]}")
+    return EQUAL if answers.ok.all() else DIFFERS
+
+
+def validate_command(args: argparse.Namespace) -> int:
+    """`fastmmu validate`: a table of scenarios and the values that differ; see EQUAL and its neighbours for the status."""
+    outcomes: list[Validation] = []
+    statuses = {EQUAL}
+    tell_compiling()
+    for path in args.files:
+        try:
+            outcome = validate(load_scenario(path), audited=args.audit)
+        except NotBuilt as error:
+            complain(f"{path}: needs {error}, which is not built yet")
+            statuses.add(NOT_BUILT)
+        except (TraceError, MemoryError) as error:
+            complain(error if isinstance(error, TraceError) else f"{path}: {error}")
+            statuses.add(UNREADABLE)
+        else:
+            outcomes.append(outcome)
+            statuses.add(DIFFERS if outcome.differ else EQUAL)
+    if args.json:
+        print(json.dumps([asdict(outcome) for outcome in outcomes]))
+    else:
+        print_validations(outcomes)
+    return next(status for status in (UNREADABLE, DIFFERS, NOT_BUILT, EQUAL) if status in statuses)
+
+
+def print_validations(outcomes: list[Validation]) -> None:
+    """The table, and under it each value that differs."""
+    table = Table("scenario", "steps", "values compared", "differ")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    out = Console(highlight=False)
+    for outcome in outcomes:
+        table.add_row(outcome.scenario, str(outcome.steps), f"{outcome.compared:,}", str(len(outcome.differ)))
+    if outcomes:
+        out.print(table)
+    for outcome in outcomes:
+        for one in outcome.differ[:SHOWN_DIFFERENCES]:
+            line = f"{outcome.scenario}, step {one.step}, {one.what}: KVM {one.kvm}, ours {one.ours}"
+            out.print(line, markup=False, soft_wrap=True)
+        if len(outcome.differ) > SHOWN_DIFFERENCES:
+            out.print(f"{outcome.scenario}: {len(outcome.differ) - SHOWN_DIFFERENCES} more")
+
+
+def replay_command(args: argparse.Namespace) -> int:
+    """`fastmmu replay`: a recorded stream through the MMU; exit status 1 at the first record that goes elsewhere."""
+    workload = load_replay(args.file, args.records)
+    kvm = Kvm(tdp_mmu=args.mmu == "tdp", nx_huge_pages=args.nx_huge_pages, ept=args.ept, tlb=args.tlb)
+    machine = machine_for(workload, kvm, host_level=HOST_LEVELS[args.host_page])
+    tell_compiling()
+    done = TextColumn("{task.completed:,}/{task.total:,}")
+    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
+    with Progress(*columns, console=console(), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("events", total=len(workload.events))
+        try:
+            replay_stream(workload, machine, audited=args.audit, progress=lambda done: bar.update(task, completed=done))
+        except (ReplayError, MachineError, AuditError) as error:
+            complain(f"{args.file}: {error}")
+            return DIFFERS
+    counters = {name: value for name, value in machine.counters().items() if value}
+    if args.json:
+        print(json.dumps({"stream": workload.name, "mmu": args.mmu, "tlb": args.tlb, "counters": counters}))
+        return EQUAL
+    sets, ways = args.tlb
+    title = f"{workload.name}: {args.mmu}, {args.host_page.upper()} host pages, TLB of {sets} sets by {ways} ways"
+    table = Table("counter", "value", title=title)
+    table.columns[1].justify = "right"
+    for name, value in counters.items():
+        table.add_row(name, f"{value:,}")
+    Console(highlight=False).print(table)
+    return EQUAL

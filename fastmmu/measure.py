@@ -1,0 +1,41 @@
+"""Kernels that do one part of the MMU's work over a column of addresses, for benchmarks."""
+
+from __future__ import annotations
+
+from fastmmu._jit import kernel
+from fastmmu.bits import PAGE_SHIFT, ZERO
+from fastmmu.drive import vcpu_of
+from fastmmu.fault import page_fault
+from fastmmu.hardware import NOWHERE, root_for, walk_sptes
+from fastmmu.spte import pfn_of
+from fastmmu.state import Outcome
+
+
+@kernel
+def fault_column(vm, vcpus, gpas, pferr):
+    """KVM's part of one fault after another, from the exit to the entry: all with the error code `pferr`, on vCPU 0.
+
+    Returns how many were fixed.
+    """
+    vcpu = vcpu_of(vcpus, ZERO)
+    fixed = 0
+    for i in range(len(gpas)):
+        if page_fault(vm, vcpu, gpas[i], pferr) == Outcome.FIXED:
+            fixed += 1
+    return fixed
+
+
+@kernel
+def walk_spte_column(vm, vcpus, gpas, access):
+    """Walk the sptes for one address after another; returns how many are mapped, and adds up nothing else."""
+    vcpu = vcpu_of(vcpus, ZERO)
+    mapped = 0
+    total = ZERO
+    for i in range(len(gpas)):
+        gfn = gpas[i] >> PAGE_SHIFT
+        table, level = root_for(vm, vcpu, gfn)
+        index, _ = walk_sptes(vm, table, level, gfn, access)
+        if index != NOWHERE:
+            mapped += 1
+            total ^= pfn_of(vm.spt[index])
+    return mapped, total
