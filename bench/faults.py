@@ -16,9 +16,9 @@ from fastmmu.bits import CR0, PFERR
 from fastmmu.events import EVENT, EventList, Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine
+from fastmmu.machine_state import SlotFlag
 from fastmmu.measure import fault_column, walk_spte_column
 from fastmmu.paging import Cpu
-from fastmmu.state import SlotFlag
 
 NAME = "faults"
 MMUS = ("tdp", "legacy")

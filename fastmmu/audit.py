@@ -13,15 +13,7 @@ import numpy as np
 
 from fastmmu.bits import GPTE64, MMIO_SPTE, NPT_SPTE, ROLE
 from fastmmu.machine import Machine
-from fastmmu.state import (
-    HASH_BUCKETS,
-    REQUESTS,
-    TABLE_WORDS,
-    Request,
-    SlotFlag,
-    VcpuWord,
-    VmWord,
-)
+from fastmmu.machine_state import HASH_BUCKETS, REQUESTS, TABLE_WORDS, Request, SlotFlag, VcpuWord, VmWord
 from fastmmu.tlb import DIRTY, EPOCH_SHIFT, EXECUTE
 
 PAGE_COUNTERS = {1: "pages_4k", 2: "pages_2m", 3: "pages_1g"}

@@ -7,10 +7,10 @@ import numpy as np
 from fastmmu._jit import exchange, fetch_and, inner
 from fastmmu.bits import NPT_SPTE, ONE, ZERO
 from fastmmu.hardware import drain_pml
+from fastmmu.machine_state import VmWord
 from fastmmu.memslot import WORD_BITS, max_mapping_level
 from fastmmu.shadow import drop_leaf, flush_remote, rmap_index
 from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_table, pages_at, pfn_of
-from fastmmu.state import VmWord
 from fastmmu.tdp import clear_bits, clear_bits_of_mask, set_spte, split_range
 from fastmmu.walk import ALL_ONES
 

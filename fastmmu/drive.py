@@ -23,22 +23,10 @@ from fastmmu.guest import (
     write_memory,
 )
 from fastmmu.hardware import leave, not_plain, walk_plainly
+from fastmmu.machine_state import Counter, LogKind, Request, Status, Stop, Touch, VcpuState, VcpuWord, VmWord
 from fastmmu.memslot import note_write, slot_by_id
 from fastmmu.shadow import count, set_page_limit
-from fastmmu.state import (
-    NO_SLOT,
-    Counter,
-    LogKind,
-    MmuState,
-    Reg,
-    Request,
-    Status,
-    Stop,
-    Touch,
-    VcpuState,
-    VcpuWord,
-    VmWord,
-)
+from fastmmu.state import NO_SLOT, MmuState, Reg
 from fastmmu.tlb import flush, invalidate, lookup
 from fastmmu.walk import ALL_ONES
 
@@ -87,18 +75,22 @@ def data_access(vm, vcpu, log, supply, event, op, row, compared):
         return touched
     if touched.status != Status.EMULATED:
         return touched
-    faulted = touched.address
+    faulted, seen = touched.address, ZERO
     if op != WRITE:
         touched, seen = emulate(vm, vcpu, log, supply, event, gva, size, access & ~PFERR.W, faulted, ZERO)
+        if touched.status == Status.FAULT and op == EXCHANGE:
+            return Touch(touched.status, ZERO, touched.address, touched.pferr | PFERR.W)  # what it reads it would write
         if touched.status != Status.EMULATED:
             return touched
-        write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
         if op == LOAD:
+            write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
             return touched
         vcpu.stat[Counter.INSN_EMULATION] -= 1  # one instruction
         if seen != compared:
             value = seen
     touched, _ = emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, value)
+    if op == EXCHANGE and touched.status == Status.EMULATED:
+        write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
     return touched
 
 
@@ -191,15 +183,17 @@ def copy(target, source):
 
 @inner
 def set_registers(vm, vcpu, table, row, by_guest):
-    """CR0, CR3, CR4, EFER and what follows from them. From user space another value unloads the root (KVM_SET_SREGS)."""
+    """CR0, CR4, EFER and what follows from them, and CR3 where user space sets them all (KVM_SET_SREGS), which unloads the root if
+    any is another."""
     own, reg = vcpu.own, vcpu.mmu.reg
-    changed = table.mmu.reg[row, Reg.CR3] != reg[Reg.CR3]
+    cr3 = reg[Reg.CR3] if by_guest else table.mmu.reg[row, Reg.CR3]
+    changed = cr3 != reg[Reg.CR3]
     for i in range(table.raw.shape[1]):
         changed |= own[VcpuWord.CR0 + i] != table.raw[row, i]
         own[VcpuWord.CR0 + i] = table.raw[row, i]
     generation = reg[Reg.GENERATION]
     copy(reg, table.mmu.reg[row])
-    reg[Reg.GENERATION] = generation
+    reg[Reg.GENERATION], reg[Reg.CR3] = generation, cr3
     copy(vcpu.mmu.reserved, table.mmu.reserved[row])
     copy(vcpu.mmu.permissions, table.mmu.permissions[row])
     for kind in range(len(vcpu.mmu.plain)):

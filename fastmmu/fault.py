@@ -10,7 +10,8 @@ import numpy as np
 
 from fastmmu._jit import cmpxchg, inner
 from fastmmu.bits import ACC, GENERATION_UPDATING, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, ZERO
-from fastmmu.hardware import is_executable, root_for
+from fastmmu.hardware import PAE_LEVEL, is_executable, root_for
+from fastmmu.machine_state import Counter, Outcome, VcpuWord, VmWord
 from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, max_mapping_level, slot_by_gfn
 from fastmmu.mmio import fill, match_gpa
 from fastmmu.shadow import (
@@ -41,7 +42,7 @@ from fastmmu.spte import (
     mmio_generation,
     pfn_of,
 )
-from fastmmu.state import NO_SLOT, Counter, Outcome, VcpuWord, VmWord, Walk
+from fastmmu.state import NO_SLOT, Walk
 from fastmmu.tdp import link_table, set_spte, zap_huge
 
 PREFETCH_PAGES = np.uint64(8)
@@ -132,7 +133,8 @@ def goal_levels(vm, number, gfn, fetch):
     disallowed = fetch and vm.word[VmWord.NX_HUGE_PAGES] != ZERO
     if number == NO_SLOT or logs_dirty(vm.mem.slots[number]):
         return ONE, ONE, disallowed
-    requested = max_mapping_level(vm, vm.mem.slots[number], gfn, vm.word[VmWord.MAX_LEVEL])
+    limit = vm.word[VmWord.MAX_LEVEL] if vm.word[VmWord.TDP] != ZERO else PAE_LEVEL  # PAE tables end at 2 MiB
+    requested = max_mapping_level(vm, vm.mem.slots[number], gfn, limit)
     return (ONE if disallowed else requested), requested, disallowed
 
 
@@ -234,10 +236,10 @@ def set_leaf(vm, vcpu, number, index, level, gfn):
     was_mapped = is_leaf(old, level)
     if is_table(old, level):
         vm.page[pfn_of(old)]["parent"] = ZERO  # the table stays, without a parent
+        flush_remote(vm.word, vcpu.stat)
+        old = ZERO
     spte = new_leaf(vm, vcpu, number, gfn, level, old)
     vm.spt[index] = spte
-    if is_table(old, level):
-        flush_remote(vm.word, vcpu.stat)
     if spte == old:
         return Outcome.SPURIOUS
     if not was_mapped:

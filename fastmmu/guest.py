@@ -7,35 +7,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu import state
+from fastmmu import machine_state
 from fastmmu._jit import inner
-from fastmmu.bits import ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
+from fastmmu.bits import GPTE64, ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
 from fastmmu.fault import page_fault
-from fastmmu.hardware import PAE_LEVEL, access_gpa, leave, translate_page
+from fastmmu.hardware import ADDRESS_32, PAE_LEVEL, access_gpa, leave, translate_page
+from fastmmu.machine_state import Counter, LogKind, Outcome, Request, Status, Stop, Touch, VcpuWord, VmWord
 from fastmmu.memslot import is_readonly, mark_dirty, note_write, slot_by_gfn
-from fastmmu.shadow import count, flush_remote, get_shadow_page, is_obsolete, put_root
-from fastmmu.state import (
-    NO_SLOT,
-    Counter,
-    LogKind,
-    Mmio,
-    Outcome,
-    Reg,
-    Request,
-    Status,
-    Stop,
-    Touch,
-    VcpuWord,
-    VmWord,
-)
+from fastmmu.shadow import count, flush_remote, get_shadow_page, is_obsolete, is_short_of_pages, make_pages_available, put_root
+from fastmmu.state import NO_SLOT, Mmio, Reg
 from fastmmu.tdp import get_root
 from fastmmu.tdp import put_root as put_tdp_root
 from fastmmu.tlb import flush
-from fastmmu.walk import MODE_NONE, walk_exact
+from fastmmu.walk import MODE_NONE, mode_of, walk_exact
 
 TLB_FLUSH, FREE_OBSOLETE_ROOTS, LOAD_ROOT, FLUSH_CURRENT = (np.uint64(one) for one in Request)
 ATTEMPTS = 4096  # an instruction that faults so often without getting on never will: 2 x 24 tables are the most it can need
-REQUESTS = np.uint64(state.REQUESTS)
+REQUESTS = np.uint64(machine_state.REQUESTS)
 PAE_ROOTS = 4
 PAE_ROOT_SHIFT = np.uint64(18)
 NO_FETCH = ZERO
@@ -64,23 +52,35 @@ def write_log(vm, log, kind, size, event, address, value):
 
 @inner
 def load_root(vm, vcpu):
-    """Find or make the root that the processor walks, and flush what its TLB has for another one. False without a table."""
+    """Find or make the root that the processor walks, and flush what its TLB has for another one. False when that is the end."""
     if vm.word[VmWord.TDP_MMU] != ZERO:
         root = get_root(vm)
+    elif is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
+        stop(vm, Stop.NO_PAGES, ZERO, ZERO)
+        return False
     elif vm.word[VmWord.ROOT_LEVEL] != PAE_LEVEL:
         root = get_shadow_page(vm, vcpu.stat, ZERO, vm.word[VmWord.ROOT_LEVEL])
         vm.page[root]["roots"] += np.uint32(root != ZERO)
     else:
-        root = ONE
-        for i in range(PAE_ROOTS):
-            table = get_shadow_page(vm, vcpu.stat, np.uint64(i) << PAE_ROOT_SHIFT, PAE_LEVEL)
-            if table == ZERO:
-                return False
-            vm.page[table]["roots"] += np.uint32(1)
-            vcpu.own[VcpuWord.PAE_ROOT + i] = table
+        root = load_pae_roots(vm, vcpu)
+    if root == ZERO:
+        stop(vm, Stop.NO_TABLES, ZERO, ZERO)
+        return False
     vcpu.own[VcpuWord.ROOT] = root
     flush(vcpu.tlb)
-    return root != ZERO
+    return True
+
+
+@inner
+def load_pae_roots(vm, vcpu):
+    """Four roots of 1 GiB each, which 1 stands for; ZERO without a table."""
+    for i in range(PAE_ROOTS):
+        table = get_shadow_page(vm, vcpu.stat, np.uint64(i) << PAE_ROOT_SHIFT, PAE_LEVEL)
+        if table == ZERO:
+            return ZERO
+        vm.page[table]["roots"] += np.uint32(1)
+        vcpu.own[VcpuWord.PAE_ROOT + i] = table
+    return ONE
 
 
 @inner
@@ -134,9 +134,7 @@ def enter(vm, vcpu):
         if vm.word[VmWord.TDP] == ZERO and vcpu.mmu.reg[Reg.MODE] != MODE_NONE:
             stop(vm, Stop.SHADOW_PAGING, ZERO, ZERO)
             return False
-        if not load_root(vm, vcpu):
-            stop(vm, Stop.NO_TABLES, ZERO, ZERO)
-            return False
+        return load_root(vm, vcpu)
     return True
 
 
@@ -169,6 +167,9 @@ def access_page(vm, vcpu, log, event, gva, access):
             leave(vm, vcpu)
             outcome = page_fault(vm, vcpu, touched.address, touched.pferr)
             if outcome == Outcome.EMULATE:
+                if target != gva or wanted != access:  # the instruction itself has become a device
+                    stop(vm, Stop.DEVICE_FETCH, target, wanted)
+                    return Touch(Status.STOP, ZERO, ZERO, ZERO)
                 if not blocked(vm, touched.pferr):
                     return Touch(Status.EMULATED, ZERO, touched.address, touched.pferr)
             elif outcome >= Outcome.NO_TABLES:
@@ -267,12 +268,33 @@ def write_guest(vm, vcpu, gva, size, gpa, second, value):
 
 
 @inner
+def log_guest_bits(vm, vcpu, gva, leaf_level, write):
+    """The emulator's walk set A and D in entries that lacked them: their tables were written (facts 1.6.6)."""
+    mode = mode_of(vcpu.mmu)
+    table, level = vcpu.mmu.reg[Reg.CR3] & mode.root, mode.levels
+    while True:
+        gpte = vcpu.trail[level]
+        wanted = GPTE64.A | (GPTE64.D if level == leaf_level and write else ZERO)
+        number = slot_by_gfn(vm, vcpu, table >> PAGE_SHIFT)
+        if gpte & wanted != wanted and number != NO_SLOT and not is_readonly(vm.mem.slots[number]):
+            mark_dirty(vm, vm.mem.slots[number], table >> PAGE_SHIFT)
+            note_write(vm, vcpu, table)
+        if level == leaf_level:
+            return
+        table = gpte & mode.root
+        level -= ONE
+
+
+@inner
 def emulated_gpa(vm, vcpu, gva, access, faulted):
     """(Touch) of one page as the emulator finds it: the gpa that faulted where the offset is the same, else by a walk."""
     if gva & PAGE_OFFSET == faulted & PAGE_OFFSET:
         return Touch(Status.DONE, faulted, ZERO, ZERO)
+    if vcpu.mmu.reg[Reg.MODE] == MODE_NONE:
+        return Touch(Status.DONE, gva & ADDRESS_32, ZERO, ZERO)
     walk = walk_exact(vm.mem, vcpu.mmu, vcpu.trail, gva, access)
     if walk.ok:
+        log_guest_bits(vm, vcpu, gva, walk.level, access & PFERR.W != ZERO)
         return Touch(Status.DONE, walk.gpa, ZERO, ZERO)
     count(vcpu.stat, Counter.PF_GUEST)
     return Touch(Status.FAULT, ZERO, gva, walk.pferr)
@@ -287,42 +309,64 @@ def supplied(vm, supply, size):
 
 
 @inner
-def emulate_part(vm, vcpu, log, supply, event, gpa, size, write, value):
-    """One page of an emulated access: (value read, whether it went to a device)."""
+def is_device(vm, vcpu, gpa, write):
+    """Whether an access goes to user space: no memslot, or a write to a read-only one."""
     number = slot_by_gfn(vm, vcpu, gpa >> PAGE_SHIFT)
-    if number != NO_SLOT and not (write and is_readonly(vm.mem.slots[number])):
-        if not write:
-            return read_memory(vm.mem.words, gpa, size), False
-        write_memory(vm.mem.words, gpa, size, value)
-        mark_dirty(vm, vm.mem.slots[number], gpa >> PAGE_SHIFT)
-        note_write(vm, vcpu, gpa)
-        return ZERO, False
+    return number == NO_SLOT or (write and is_readonly(vm.mem.slots[number]))
+
+
+@inner
+def emulate_memory(vm, vcpu, gpa, size, write, value):
+    """One page of an emulated access that memory answers: the value read."""
+    if not write:
+        return read_memory(vm.mem.words, gpa, size)
+    number = slot_by_gfn(vm, vcpu, gpa >> PAGE_SHIFT)
+    write_memory(vm.mem.words, gpa, size, value)
+    mark_dirty(vm, vm.mem.slots[number], gpa >> PAGE_SHIFT)
+    note_write(vm, vcpu, gpa)
+    return ZERO
+
+
+@inner
+def emulate_device(vm, log, supply, event, gpa, size, write, value):
+    """One page of an emulated access that user space answers: the value read."""
     data = value & mask_of(size) if write else supplied(vm, supply, size)
     write_log(vm, log, LogKind.MMIO_WRITE if write else LogKind.MMIO_READ, size, event, gpa, data)
-    return data, True
+    return data
 
 
 @inner
 def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, value):
-    """KVM's emulator does the access (facts 4.3): (Touch, value read)."""
+    """KVM's emulator does the access (facts 4.3): (Touch, value read). Memory is accessed page by page, as it is found; user space
+    is asked when both pages are known."""
     if access & PFERR.F != ZERO:
         stop(vm, Stop.DEVICE_FETCH, gva, access)
         return Touch(Status.STOP, ZERO, gva, ZERO), ZERO
     count(vcpu.stat, Counter.INSN_EMULATION)
     write = access & PFERR.W != ZERO
     part = bytes_to_page_end(gva, size)
+    shift = part << BYTE_BITS
+    data, rest = ZERO, ZERO
     first = emulated_gpa(vm, vcpu, gva, access, faulted)
     if first.status != Status.DONE:
         return first, ZERO
-    data, device = emulate_part(vm, vcpu, log, supply, event, first.gpa, part, write, value)
+    device = is_device(vm, vcpu, first.gpa, write)
+    if not device:
+        data = emulate_memory(vm, vcpu, first.gpa, part, write, value)
+    second, second_device = first, False
     if part < size:
         second = emulated_gpa(vm, vcpu, gva + part, access, faulted)
         if second.status != Status.DONE:
             return second, ZERO
-        shift = part << BYTE_BITS
-        rest, other = emulate_part(vm, vcpu, log, supply, event, second.gpa, size - part, write, value >> shift)
-        data |= rest << shift
-        device = device or other
+        second_device = is_device(vm, vcpu, second.gpa, write)
+        if not second_device:
+            rest = emulate_memory(vm, vcpu, second.gpa, size - part, write, value >> shift)
     if device:
+        data = emulate_device(vm, log, supply, event, first.gpa, part, write, value)
+    if second_device:
+        rest = emulate_device(vm, log, supply, event, second.gpa, size - part, write, value >> shift)
+    if part < size:
+        data |= rest << shift
+    if device or second_device:
         count(vcpu.stat, Counter.MMIO_EXITS)
     return Touch(Status.EMULATED, first.gpa, ZERO, ZERO), data

@@ -11,21 +11,13 @@ import numpy as np
 
 from fastmmu._jit import fetch_or, inner, load
 from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
+from fastmmu.machine_state import PML_ENTRIES, Counter, Status, Touch, VcpuWord, VmWord
 from fastmmu.memslot import mark_dirty, note_write, slot_by_gfn
 from fastmmu.paging import LONG4
 from fastmmu.permission import key_fault, permission_fault
 from fastmmu.shadow import count
 from fastmmu.spte import entry_of, is_last, is_writable, pfn_of
-from fastmmu.state import (
-    NO_SLOT,
-    PML_ENTRIES,
-    Counter,
-    Reg,
-    Status,
-    Touch,
-    VcpuWord,
-    VmWord,
-)
+from fastmmu.state import NO_SLOT, Reg
 from fastmmu.tlb import flush, insert, lookup
 from fastmmu.walk import (
     ALL_ONES,
@@ -191,7 +183,8 @@ def set_guest_bits(vm, vcpu, mode, table, gva, leaf_level, write):
 def walk_guest(vm, vcpu, gva, access):
     """Translate `gva` by the guest's tables, each entry's address by the sptes; the final address is left to the caller.
 
-    Returns (Touch, level, rights, dirty): DONE with the gpa; FAULT; or EXIT for an entry whose address the sptes do not map.
+    Returns (Touch, level, rights and protection key, dirty): DONE with the gpa; FAULT; or EXIT for an entry whose address the
+    sptes do not map.
     """
     mmu, mem = vcpu.mmu, vm.mem
     if mmu.reg[Reg.MODE] == MODE_NONE:
@@ -244,6 +237,8 @@ def walk_guest(vm, vcpu, gva, access):
                 continue
             if not set_guest_bits(vm, vcpu, mode, root, gva, level, write):
                 continue
+        if mode.keys:
+            granted |= gpte & GPTE64.KEY
         return Touch(Status.DONE, page_gpa(mode, gpte, gva, level), ZERO, ZERO), level, granted, dirty
 
 
@@ -307,7 +302,7 @@ def walk_plainly(vm, vcpu, gva, access):
     granted = access_of((rights & ~GPTE64.NX) | (~seen & GPTE64.NX))
     writable = word[VmWord.USE_WRITE]
     dirty = gpte & GPTE64.D != ZERO and spte & writable == writable
-    insert(vcpu.tlb, gva, gpa, granted, level, dirty, is_executable(word, spte))
+    insert(vcpu.tlb, gva, gpa, granted | (gpte & GPTE64.KEY), level, dirty, is_executable(word, spte))
     return Touch(Status.DONE, gpa, ZERO, ZERO)
 
 

@@ -11,10 +11,11 @@ from fastmmu import dirty_log
 from fastmmu._jit import inner
 from fastmmu.bits import MMIO_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, ZERO
 from fastmmu.dirty_log import bitmap_words, word_of_pages
+from fastmmu.machine_state import Request, VmWord
 from fastmmu.memslot import LOG, is_readonly, logs_dirty, slot_by_id
 from fastmmu.shadow import ask, drop_leaf, flush_remote, rmap_index, set_page_limit, zap_obsolete
 from fastmmu.spte import frame_at, pages_at
-from fastmmu.state import NO_SLOT, Reg, Request, VmWord
+from fastmmu.state import NO_SLOT, Reg
 from fastmmu.tdp import invalidate_root, zap_leafs
 
 ADDRESS_SPACES = np.uint64(2)  # system management mode has its own slots: generations advance by two (facts 3.4.5)
@@ -99,13 +100,15 @@ def set_slot_flags(vm, vcpus, stat, identity, flags):
         return
     slot = vm.mem.slots[number]
     before = slot["flags"]
+    if flags == before:
+        return  # nothing changes, the generation neither
     slot["flags"] = flags
     if flags & LOG & ~before != ZERO:
         begin_log(vm, slot)
     elif before & LOG & ~flags != ZERO:
         vm.word[VmWord.LOGGING_SLOTS] -= ONE
     next_generation(vm, vcpus, stat)
-    if is_readonly(slot) or flags == before:
+    if is_readonly(slot):
         return
     if logs_dirty(slot):
         dirty_log.start(vm, stat, slot)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastmmu.bits import EPT_SPTE, NPT_SPTE
 from fastmmu.checks import WORD, checked_flag, checked_int
-from fastmmu.state import VmWord
+from fastmmu.machine_state import VmWord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,31 +15,27 @@ from fastmmu.checks import checked_int
 from fastmmu.drive import drive
 from fastmmu.events import EVENT, EventList, Op
 from fastmmu.kvm import FLAGS, Kvm, set_spte_masks
-from fastmmu.memory import GuestMemory
-from fastmmu.paging import Cpu, Mode, PlainColumn, permission_bytes, plain_checks, reserved_masks
-from fastmmu.processor import load_registers
-from fastmmu.state import (
+from fastmmu.machine_state import (
     LOG,
     MEMSLOT,
     REQUESTS,
     SHADOW_PAGE,
     TABLE_WORDS,
-    TRAIL_LENGTH,
     VCPU_WORDS,
     Counter,
     KvmState,
-    MemoryState,
-    MmuState,
-    Reg,
     RegisterTable,
     Request,
     SlotFlag,
-    SlotKind,
     Stop,
     VcpuState,
     VcpuWord,
     VmWord,
 )
+from fastmmu.memory import GuestMemory
+from fastmmu.paging import Cpu, Mode, PlainColumn, permission_bytes, plain_checks, reserved_masks
+from fastmmu.processor import load_registers
+from fastmmu.state import TRAIL_LENGTH, MemoryState, MmuState, Reg, SlotKind
 
 KVM_COUNTERS = tuple(counter for counter in Counter if counter < Counter.TLB_HITS)
 LOG_ROWS = 1 << 12
@@ -122,7 +118,7 @@ class Machine:
             if name != "page_1g":
                 word[VmWord[name.upper()]] = getattr(kvm, name)
         word[VmWord.ROOT_LEVEL] = (5 if self._maxphyaddr > 48 else 4) if kvm.tdp else 2
-        word[VmWord.MAX_LEVEL] = 3 if kvm.page_1g and kvm.tdp else 2
+        word[VmWord.MAX_LEVEL] = 3 if kvm.page_1g else 2
         set_spte_masks(word, kvm)
         word[VmWord.GENERATION] = kvm.generation
         word[VmWord.MAX_GFN] = (1 << (kvm.host_maxphyaddr - 12)) - 1
@@ -327,15 +323,13 @@ class Machine:
         refuse(np.isin(op, (Op.WRITE, Op.EXCHANGE)) & (access & np.uint8(PFERR.W) == 0), "access", "a write")
         behind = np.append(op[1:], len(Op))
         refuse((op == Op.EXCHANGE) & (behind != Op.OPERAND), "op", "an OPERAND event behind it")
-        wide = any(cpu.mode == Mode.LONG5 for cpu in self._cpus)
-        shift = np.uint64(64 - (57 if wide else 48))
-        canonical = ((address << shift).view(np.int64) >> shift.astype(np.int64)).view(np.uint64)
-        refuse((touches | (op == Op.INVLPG)) & (canonical != address), "address", "a canonical address")
-        refuse(
-            (op == Op.STORE) & ((address & np.uint64(7) != 0) | (address >= PHYSICAL_LIMIT)),
-            "address",
-            "a multiple of 8 below 2^52",
-        )
+        width = 57 if any(cpu.mode == Mode.LONG5 for cpu in self._cpus) else 48
+        last = address + np.where(data, events["size"], 1).astype(np.uint64) - np.uint64(1)
+        canonical = is_canonical(address, width) & is_canonical(last, width) & (last >= address)
+        refuse((touches | (op == Op.INVLPG)) & ~canonical, "address", "a canonical address")
+        bits = self._maxphyaddr if self.kvm.tdp else 32
+        bad_store = (address & np.uint64(7) != 0) | (address >= np.uint64(1 << bits))
+        refuse((op == Op.STORE) & bad_store, "address", f"a multiple of 8 below 2^{bits}")
         outside = value & GPTE64.ADDR & ~field(self._maxphyaddr - 1, 0) != 0
         refuse((op == Op.CR3) & outside, "value", f"an address of {self._maxphyaddr} bits")
         refuse((op == Op.VCPU) & (value >= self.vcpus), "value", f"a vCPU below {self.vcpus}")
@@ -375,6 +369,12 @@ class Machine:
             else:
                 refuse(here & (not slots[identity].flags & SlotFlag.LOG_DIRTY_PAGES), "address", "a memslot that logs dirty pages")
         self.slots = slots
+
+
+def is_canonical(gva: np.ndarray, width: int) -> np.ndarray:
+    """Whether the bits of an address from `width` - 1 up are all the same."""
+    shift = np.uint64(64 - width)
+    return ((gva << shift).view(np.int64) >> shift.astype(np.int64)).view(np.uint64) == gva
 
 
 ACCESSES = (Op.ACCESS, Op.DEVICE, Op.LOAD, Op.WRITE, Op.EXCHANGE)

@@ -7,8 +7,8 @@ from fastmmu.bits import PAGE_SHIFT, ZERO
 from fastmmu.drive import vcpu_of
 from fastmmu.fault import page_fault
 from fastmmu.hardware import NOWHERE, root_for, walk_sptes
+from fastmmu.machine_state import Outcome
 from fastmmu.spte import pfn_of
-from fastmmu.state import Outcome
 
 
 @kernel

@@ -9,9 +9,10 @@ import numpy as np
 
 from fastmmu._jit import fetch_or, inner
 from fastmmu.bits import ONE, PAGE_SHIFT, ZERO
+from fastmmu.machine_state import SlotFlag, VcpuWord, VmWord
 from fastmmu.memory import find_slot
 from fastmmu.spte import INDEX_BITS
-from fastmmu.state import NO_SLOT, SlotFlag, VcpuWord, VmWord
+from fastmmu.state import NO_SLOT
 
 LOG = np.uint64(SlotFlag.LOG_DIRTY_PAGES)
 READONLY = np.uint64(SlotFlag.READONLY)

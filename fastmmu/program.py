@@ -128,8 +128,7 @@ def write_program(step: dict[str, Any], interpreter: dict[str, int], rows: dict[
     for number, op in enumerate(step["ops"]):
         writer.op(number, op)
         op_of += [number] * (len(writer.events) - len(op_of))
-    if writer.commands is not None:
-        writer.fetch_command(len(step["ops"]))
+    writer.fetch_command(len(step["ops"]))
     writer.events.add(Op.EXIT)  # rule 5: OUT to user space
     op_of += [len(step["ops"])] * (len(writer.events) - len(op_of))
     return Program(writer.events.array(), op_of, writer.handler())

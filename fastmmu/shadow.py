@@ -10,9 +10,10 @@ import numpy as np
 
 from fastmmu._jit import inner
 from fastmmu.bits import ACC, ONE, PAGE_SHIFT, ROLE, ZERO, field
+from fastmmu.machine_state import HASH_BUCKETS, REQUESTS, TABLE_WORDS, Counter, Request, VmWord
 from fastmmu.memory import find_slot
 from fastmmu.spte import INDEX_BITS, is_leaf, is_mmio, is_table, make_table, pages_at, pfn_of
-from fastmmu.state import HASH_BUCKETS, NO_SLOT, REQUESTS, TABLE_WORDS, Counter, Request, VmWord
+from fastmmu.state import NO_SLOT
 
 MULTIPLIER_HIGH, MULTIPLIER_LOW = np.uint64(0x61C88646), np.uint64(0x80B583EB)  # the golden ratio, as the kernel has it
 HALF_SHIFT, HALF_MASK = np.uint64(32), field(31, 0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmmu._jit import inner, load
 from fastmmu.bits import ACC, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, ZERO
-from fastmmu.state import VmWord
+from fastmmu.machine_state import VmWord
 
 INDEX_BITS = np.uint64(9)
 INDEX_MASK = np.uint64(511)

@@ -11,7 +11,7 @@ from fastmmu.bits import PFERR
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine
-from fastmmu.state import SlotFlag, Stop
+from fastmmu.machine_state import SlotFlag, Stop
 from fastmmu.vm import ReplayError, Workload
 
 CHUNK = 1 << 16  # events between two reports of progress, and between two audits

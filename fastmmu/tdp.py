@@ -10,6 +10,7 @@ import numpy as np
 
 from fastmmu._jit import inner
 from fastmmu.bits import ONE, ROLE, ZERO
+from fastmmu.machine_state import TABLE_WORDS, Counter, VmWord
 from fastmmu.shadow import NO_TABLE, TABLE_SIZE, allocate, count, count_leaf, flush_remote, forget_nx_split, link, release
 from fastmmu.spte import (
     INDEX_BITS,
@@ -23,7 +24,6 @@ from fastmmu.spte import (
     pages_at,
     pfn_of,
 )
-from fastmmu.state import TABLE_WORDS, Counter, VmWord
 
 INVALID = np.uint32(ROLE.INVALID)
 
@@ -176,12 +176,15 @@ def split_huge_page(vm, stat, index, level):
 
 @inner
 def split_range(vm, stat, start, end):
-    """Split every huge leaf of [start, end) down to 4 KiB, eagerly (facts 8.7); stops where no table is free."""
+    """Split every huge leaf that begins before `end` and reaches beyond `start` down to 4 KiB, eagerly (facts 8.7); stops where no
+    table is free."""
     if vm.word[VmWord.TDP_ROOT] == NO_TABLE:
         return
     gfn = start
-    while gfn < end:
+    while True:
         index, level = lowest_under_root(vm, gfn)
+        if frame_at(gfn, level) >= end:
+            return
         if is_present(vm.spt[index]) and level > ONE:
             if not split_huge_page(vm, stat, index, level):
                 return

@@ -3,7 +3,7 @@
 `tlb` is uint64[sets + 1, ways, 2]: 4 KiB translations, the set chosen by the low bits of the page number, each set ordered from the
 newest to the oldest entry, which is the one that goes. No paging-structure caches. First word: page number of the gva, and the
 epoch in which it was made; an entry of another epoch than today's, which stands in the last row, is none, so that a flush need
-only begin another one. Second word: frame, rights (ACC bits), and the bits below.
+only begin another one. Second word: frame, rights (ACC bits), the protection key where a gpte has it, and the bits below.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 
 from fastmmu._jit import inner
 from fastmmu.bits import ACC, GPTE64, ONE, PAGE_SHIFT, PFERR, ZERO, bit, field
-from fastmmu.permission import permission_fault
+from fastmmu.permission import key_fault, permission_fault
+from fastmmu.state import Reg
 
 EPOCH_SHIFT = np.uint64(52)  # of the first word: page numbers have 52 bits
 LAST_EPOCH = field(11, 0)
@@ -61,7 +62,10 @@ def lookup(tlb, mmu, gva, access):
         return ZERO
     entry = tlb[index, way, 1]
     needed = ((access & PFERR.W) << DIRTY_SHIFT) | (access & PFERR.F)
-    if entry & needed != needed or permission_fault(mmu, entry & ACC.ALL, access):
+    denied = permission_fault(mmu, entry & ACC.ALL, access)
+    if mmu.reg[Reg.PKRU] | mmu.reg[Reg.PKRS] != ZERO:
+        denied = denied or key_fault(mmu, entry, entry & ACC.ALL, access)
+    if entry & needed != needed or denied:
         remove(tlb, index, way)
         return ZERO
     return entry
@@ -69,7 +73,7 @@ def lookup(tlb, mmu, gva, access):
 
 @inner(inline=True)
 def insert(tlb, gva, gpa, rights, level, dirty, execute):
-    """Remember a translation, as the newest of its set."""
+    """Remember a translation, as the newest of its set; `rights` are ACC bits and the protection key."""
     page = gva >> PAGE_SHIFT
     index = set_of(tlb, page)
     for i in range(tlb.shape[1] - 1, 0, -1):

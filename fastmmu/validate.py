@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from fastmmu.audit import AuditError, audit
-from fastmmu.bits import CR0
+from fastmmu.bits import CR0, PAGE_SIZE
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import KVM_COUNTERS, Machine, MachineError, NotBuilt
+from fastmmu.machine_state import REQUESTS, LogKind, Request, SlotFlag, Stop, VmWord
 from fastmmu.paging import Cpu
 from fastmmu.program import Program, write_program
-from fastmmu.state import LogKind, SlotFlag, Stop, VmWord
 from fastmmu.trace.npz import TraceError
 from fastmmu.trace.scenario import Scenario
 
@@ -84,7 +84,7 @@ class Replay:
         self.machine = Machine(self.kvm, self.cpu_of(scenario.cpu), memory=size, vcpus=max(used, default=0) + 1)
         self.machine.configure(log_faults=True, stop_at_fault=True)
         self.started = False
-        self.vcpu = 0
+        self.registers: dict[int, dict[str, Any]] = {}  # of each vCPU, as they were last set
 
     def cpu_of(self, step: dict[str, Any], **other: int) -> Cpu:
         """Registers of a step."""
@@ -133,7 +133,7 @@ class Replay:
         """KVM_SET_SREGS."""
         row = self.machine.registers(self.cpu_of(step))
         self.machine.run(EventList().add(Op.VCPU, value=step["vcpu"]).add(Op.MODE, value=row).array())
-        self.registers = step
+        self.registers[step["vcpu"]] = step
 
     def do_memory(self, step: dict[str, Any]) -> None:
         """The host writes guest memory."""
@@ -151,16 +151,21 @@ class Replay:
     def do_param(self, step: dict[str, Any]) -> None:
         """A module parameter changes."""
         which = {"nx_huge_pages": VmWord.NX_HUGE_PAGES, "eager_page_split": VmWord.EAGER_PAGE_SPLIT}.get(step["name"])
+        if step["name"] == "tdp_mmu":
+            return  # looked at when a VM is made, and no more
         if which is None:
             raise NotBuilt(f"parameter {step['name']} changed at run time")
-        on = step["value"] not in (False, 0, "0", "N", "n", "off", "never")
+        on = step["value"] not in (False, 0, "0", "N", "n", "off", "never", "auto")  # auto: no processor of AMD needs them
         self.event(Op.PARAMETER, address=which, value=int(on))
 
     def do_create_vcpu(self, step: dict[str, Any]) -> None:
-        """A further vCPU: the machine has it already, and it does nothing before its first step."""
+        """A further vCPU: the machine has it already, but what was asked of all vCPUs before does not concern it."""
+        self.machine.vm.word[REQUESTS + step["vcpu"]] = Request.LOAD_ROOT
 
     def do_host_read(self, step: dict[str, Any]) -> None:
         """The host looks at guest memory: compared with the rest of the step."""
+        if step["gpa"] >= self.machine.memory.size:
+            raise ValueError(f"gpa {step['gpa']:#x}, expected memory of a memslot")
 
     def do_dirty_get(self, step: dict[str, Any]) -> None:
         """KVM_GET_DIRTY_LOG."""
@@ -168,14 +173,23 @@ class Replay:
 
     def do_dirty_clear(self, step: dict[str, Any]) -> None:
         """KVM_CLEAR_DIRTY_LOG."""
+        slot = self.machine.slots.get(step["slot"])
+        pages = (slot.end - slot.start) // PAGE_SIZE if slot else 0
+        last = step["first"] + step["pages"]
+        if step["first"] % 64 or last > pages or (step["pages"] % 64 and last != pages):
+            what = f"pages {step['first']} to {last}"
+            raise ValueError(f"{what}, expected multiples of 64 within slot {step['slot']}'s {pages} pages")
         bits = np.unpackbits(np.frombuffer(step["bitmap"], np.uint8), bitorder="little")[: step["pages"]]
         self.machine.set_report(step["slot"], np.flatnonzero(bits) + step["first"])
         self.event(Op.DIRTY_CLEAR, address=step["slot"])
 
     def write_runs(self, runs: list[dict[str, int]]) -> None:
         """Runs of words into guest memory."""
-        words = self.machine.memory.words
+        words, size = self.machine.memory.words, self.machine.memory.size
         for run in runs:
+            last = run["gpa"] + max(run["count"] - 1, 0) * run.get("stride", 8)
+            if last >= size:
+                raise ValueError(f"word at {last:#x}, expected memory of a memslot, below {size:#x}")
             index = np.arange(run["count"], dtype=np.uint64)
             where = (np.uint64(run["gpa"]) + index * np.uint64(run.get("stride", 8))) >> np.uint64(3)
             words[where] = np.uint64(run["value"]) + index * np.uint64(run.get("step", 0))
@@ -189,7 +203,7 @@ class Replay:
         rows = {}
         for number, op in enumerate(step["ops"]):
             if op[0] == "CR0":
-                rows[number] = machine.registers(self.cpu_of(self.registers, cr0=op[1]))
+                rows[number] = machine.registers(self.cpu_of(self.registers.get(step["vcpu"], self.scenario.cpu), cr0=op[1]))
         program = write_program(step, self.scenario.interpreter, rows)
         supply = [data for kind, _, _, data in step.get("expect", {}).get("mmio", []) if kind == "R"]
         first = 0
@@ -260,10 +274,11 @@ def validate(scenario: Scenario, *, audited: bool = False) -> Validation:
     outcome = Validation(scenario.name, len(scenario.steps))
     machine = replay.machine
     for number, step in enumerate(scenario.steps):
-        if step["do"] == "guest":
-            replay.start()
-        before, tables = machine.counters(), table_words(machine.memory.words) if step["do"] == "guest" else []
+        before, tables = machine.counters(), []
         try:
+            if step["do"] == "guest":
+                replay.start()
+                tables = table_words(machine.memory.words)
             seen = replay.run_step(step)
             if audited:
                 audit(machine)
@@ -272,7 +287,7 @@ def validate(scenario: Scenario, *, audited: bool = False) -> Validation:
             return outcome
         except NotBuilt:
             raise
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             raise TraceError(f"{scenario.name}: steps[{number}]: {error}") from None
         compare_step(outcome, number, step, replay, seen, before, tables)
     return outcome

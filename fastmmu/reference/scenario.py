@@ -237,6 +237,7 @@ class Scenario:
     """A document on its way through a machine."""
 
     def __init__(self, document: dict[str, Any], hardware: Hardware) -> None:
+        self.ran = False  # whether the guest ran already
         config, cpuid = document["config"], document["cpu"]["cpuid"]
         self.machine = Machine(
             npt=config["npt"],
@@ -268,6 +269,7 @@ class Scenario:
 
     def do_guest(self, step: dict[str, Any], result: StepResult) -> None:
         """A guest run."""
+        self.ran = True
         words, vcpu = self.machine.memory.words, self.machine.vcpus[step["vcpu"]]
         before = {gpa: value for gpa, value in words.items() if gpa in TABLES}
         vcpu.faults.clear()
@@ -287,6 +289,10 @@ class Scenario:
             slot.host_level = HOST_LEVELS[host.get("page", "4K")]
             slot.misaligned = frozenset(level for level, offset in offsets.items() if offset)
             self.machine.create_slot(step["slot"], slot)
+            if self.ran:  # new host memory; before the first guest run `memory` says what is in it
+                words, span = self.machine.memory.words, range(slot.gfn * PAGE, slot.end * PAGE)
+                for gpa in [gpa for gpa in words if gpa in span]:
+                    del words[gpa]
         elif step["change"] == "flags":
             self.machine.set_logging(step["slot"], logging)
         else:
@@ -331,6 +337,8 @@ class Scenario:
 
     def do_dirty_get(self, step: dict[str, Any], result: StepResult) -> None:
         """KVM_GET_DIRTY_LOG."""
+        if not self.machine.memory.memslots[step["slot"]].logging:
+            raise ValueError(f"slot {step['slot']} logs no dirty pages")
         result.bitmap = self.machine.dirty_get(step["slot"])
 
     def do_dirty_clear(self, step: dict[str, Any], result: StepResult) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastmmu.bits import PAGE_SIZE, PHYSICAL_LIMIT
+from fastmmu.bits import CR0, PAGE_SIZE, PHYSICAL_LIMIT
 from fastmmu.checks import WORD
 from fastmmu.machine import KVM_COUNTERS
 from fastmmu.trace.npz import TraceError, first_line
@@ -20,6 +20,9 @@ from fastmmu.trace.npz import TraceError, first_line
 FORMAT = "kvm-truth/1"
 COUNTERS = frozenset(counter.name.lower() for counter in KVM_COUNTERS)
 LARGEST_COUNT = 1 << 32
+LONGEST_RUN = 1 << 26  # words
+SMALLEST_LIMIT = 64
+LONGEST_LOOPS = 1 << 22  # iterations in a step: the interpreter's accesses are built in Python
 
 
 @dataclass(frozen=True)
@@ -286,9 +289,10 @@ def load_scenario(path: str | Path) -> Scenario:
 
 def check_run(run: dict[str, int], where: str) -> None:
     """A run of words lies in memory."""
-    last = run["gpa"] + max(run["count"] - 1, 0) * run.get("stride", 8)
-    if run["gpa"] % 8 or run.get("stride", 8) % 8 or last >= PHYSICAL_LIMIT:
-        raise Wrong(where, run, "aligned words below 2^52")
+    stride = run.get("stride", 8)
+    last = run["gpa"] + max(run["count"] - 1, 0) * stride
+    if run["gpa"] % 8 or stride % 8 or last >= PHYSICAL_LIMIT or (run["count"] > 1 and not stride) or run["count"] > LONGEST_RUN:
+        raise Wrong(where, run, f"up to {LONGEST_RUN:,} aligned words below 2^52")
 
 
 def check_step(one: dict[str, Any], where: str) -> None:
@@ -303,3 +307,17 @@ def check_step(one: dict[str, Any], where: str) -> None:
         raise Wrong(f"{where}.args", one["args"], "0, 1 or 3")
     elif kind == "host_read" and one["gpa"] % 8:
         raise Wrong(f"{where}.gpa", hex(one["gpa"]), "a multiple of 8")
+    elif kind == "dirty_clear" and len(one["bitmap"]) != -(-one["pages"] // 8):
+        raise Wrong(f"{where}.bitmap", f"{len(one['bitmap'])} bytes", f"one bit for each of {one['pages']} pages")
+    elif kind == "dirty_get" and "bitmap" in one.get("expect", {}) and len(one["expect"]["bitmap"]) != -(-one["pages"] // 8):
+        raise Wrong(f"{where}.expect.bitmap", f"{len(one['expect']['bitmap'])} bytes", f"one bit for each of {one['pages']} pages")
+    elif kind == "set_nr_mmu_pages" and one["n"] < SMALLEST_LIMIT:
+        raise Wrong(f"{where}.n", one["n"], f"at least {SMALLEST_LIMIT}: KVM refuses less")
+    elif kind == "guest":
+        loops = sum(op[3] for op in one["ops"] if op[0].startswith("LOOP"))
+        if loops > LONGEST_LOOPS:
+            raise Wrong(f"{where}.ops", f"{loops:,} iterations", f"at most {LONGEST_LOOPS:,} in a step")
+        if ("commands" in one["regs"]) != bool(one["cr0"] & int(CR0.PG)):
+            raise Wrong(f"{where}.regs", sorted(one["regs"]), "commands exactly where the guest pages")
+        if "commands" not in one["regs"] and any(op[0] not in ("LOOPR", "LOOPW") for op in one["ops"]):
+            raise Wrong(f"{where}.ops", [op[0] for op in one["ops"]], "LOOPR and LOOPW alone without paging")

@@ -1,0 +1,288 @@
+"""Records and enums of a virtual machine as KVM keeps it: memslots, words of the VM and its vCPUs, shadow pages, counters, log."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmmu.state import MemoryState, MmuState
+
+
+class SlotFlag(IntEnum):
+    """Flags of a memslot, as KVM_SET_USER_MEMORY_REGION takes them."""
+
+    LOG_DIRTY_PAGES = 1
+    READONLY = 2
+
+
+MEMSLOT = np.dtype([
+    ("start", np.uint64),  # byte addresses, end exclusive: the first three as in SLOT, so that walks read the same rows
+    ("end", np.uint64),
+    ("kind", np.uint64),  # a SlotKind
+    ("base", np.uint64),  # first gfn
+    ("pages", np.uint64),
+    ("id", np.uint64),
+    ("flags", np.uint64),  # SlotFlag bits
+    ("host_level", np.uint64),  # level at which the host itself maps the memory
+    ("dirty", np.uint64),  # where its words begin in `VmState.slot_words`: the dirty bitmap,
+    ("written", np.uint64),  # what was written since it was last reported (for the audit),
+    ("report", np.uint64),  # the bitmap that a DIRTY_GET returns, or a DIRTY_CLEAR takes,
+    ("disallow", np.uint64, 4),  # by level: counts of reasons against a huge page, one word each huge frame,
+    ("rmap", np.uint64, 4),  # by level: the spte that maps each frame, 0 for none
+])  # fmt: skip
+"""A memslot. A row whose start equals its end holds no slot."""
+
+
+class VmWord(IntEnum):
+    """Words of the VM: how it is run, the masks of its sptes, its state."""
+
+    # module parameters, capabilities
+    TDP = 0  # two-dimensional paging; else the processor walks shadow pages
+    TDP_MMU = 1
+    EPT = 2  # sptes and error codes of EPT; else of NPT
+    AD = 3  # sptes have accessed and dirty bits
+    NX_HUGE_PAGES = 4
+    EAGER_PAGE_SPLIT = 5
+    MMIO_CACHING = 6  # MMIO sptes
+    MMIO_INFO = 7  # the MMIO info cache
+    PML = 8  # page-modification logging
+    MANUAL_PROTECT = 9
+    INITIALLY_SET = 10
+    ROOT_LEVEL = 11
+    MAX_LEVEL = 12  # of a huge page
+    # artefacts of an emulated processor, truth README section 7
+    TLB_FLUSHED_ON_EXIT = 13
+    ACCESSED_WHILE_WALKING = 14
+    RESERVED_WITHOUT_PRESENT = 15
+    # masks of the sptes, by their form (facts 3.1)
+    PRESENT = 16  # in every present spte
+    HARDWARE_PRESENT = 17  # any of these, and the processor takes the entry
+    EXECUTE = 18  # set in an executable leaf
+    NO_EXECUTE = 19  # set in one that is not
+    USER = 20
+    ACCESSED = 21
+    DIRTY = 22
+    HOST_WRITABLE = 23
+    MMU_WRITABLE = 24
+    MEMORY_TYPE = 25
+    AD_TYPE = 26
+    MMIO_MASK = 27
+    MMIO_VALUE = 28
+    MMIO_ACCESS = 29
+    # state
+    GENERATION = 30  # of the memslots
+    VALID_GENERATION = 31  # of the shadow pages: 0 or 1
+    USED_PAGES = 32  # shadow pages, which the limit counts
+    MAX_PAGES = 33
+    REQUESTED_PAGES = 34  # the limit that user space set, 0 for none
+    FREE_TABLE = 35  # first of the tables that were freed, 0 for none
+    FRESH_TABLE = 36  # first table that was never used
+    OLDEST = 37  # ends of the list of shadow pages in use
+    NEWEST = 38
+    TDP_ROOT = 39
+    LOGGING_SLOTS = 40  # how many memslots log dirty pages
+    VCPU = 41  # that the events belong to
+    STOP = 42  # a Stop: why the replay ended
+    STOP_ADDRESS = 43
+    STOP_CODE = 44
+    LOGGED = 45  # rows of the log in use
+    SUPPLIED = 46  # device data taken
+    LOG_FAULTS = 47  # log each fault that exits
+    LOG_ACCESSES = 48  # log where each access went
+    STOP_WHEN_FULL = 52  # end the replay when the log is nearly full
+    STOP_AT_FAULT = 49  # a guest #PF ends the replay
+    MAX_GFN = 50  # beyond it no MMIO spte is made
+    VCPUS = 53
+    USE_TABLE = 54  # what a leaf spte must hold for the processor to go through it without more ado: to a guest table,
+    USE_READ = 55  # for a read,
+    USE_WRITE = 56  # a write,
+    USE_FETCH = 57  # a fetch;
+    NOT_READ = 58  # and what it must not hold, for each of the three
+    NOT_WRITE = 59
+    NOT_FETCH = 60
+    HASH = 61  # first of the 4096 buckets
+
+
+HASH_BUCKETS = 4096
+REQUESTS = VmWord.HASH + HASH_BUCKETS
+
+
+class Counter(IntEnum):
+    """What KVM counts, under its names (facts 5.15, truth README section 5)."""
+
+    PF_TAKEN = 0
+    PF_FIXED = 1
+    PF_EMULATE = 2
+    PF_SPURIOUS = 3
+    PF_FAST = 4
+    PF_MMIO_SPTE_CREATED = 5
+    PF_GUEST = 6
+    TLB_FLUSH = 7
+    INVLPG = 8
+    REMOTE_TLB_FLUSH_REQUESTS = 9
+    MMIO_EXITS = 10
+    IO_EXITS = 11
+    NESTED_RUN = 12
+    INSN_EMULATION = 13
+    EXITS_NO_IRQ = 14
+    PAGES_4K = 15
+    PAGES_2M = 16
+    PAGES_1G = 17
+    MMU_CACHE_MISS = 18
+    MMU_SHADOW_ZAPPED = 19
+    MMU_RECYCLED = 20
+    MMU_PTE_WRITE = 21
+    MMU_PDE_ZAPPED = 22
+    MMU_FLOODED = 23
+    MMU_UNSYNC = 24
+    NX_LPAGE_SPLITS = 25
+    MAX_MMU_RMAP_SIZE = 26
+    MAX_MMU_PAGE_HASH_COLLISIONS = 27
+    # ours, about the processor
+    TLB_HITS = 28
+    TLB_MISSES = 29
+    STORES = 30  # to guest page tables, by a STORE event
+    PML_FULL = 31
+
+
+class VcpuWord(IntEnum):
+    """Words of a vCPU."""
+
+    ROOT = 0  # table that the processor walks, 0 for none; with PAE roots 1 stands for the four
+    PAE_ROOT = 1  # first of the four
+    NUMBER = 5
+    FETCHED = 6  # gva of the last fetch: where an instruction is fetched again after an exit
+    FETCH_ACCESS = 7  # and the access; 0 before the first
+    LAST_SLOT = 8  # row of the memslot found last
+    PML = 9  # pages logged
+    CR0 = 10  # the registers as they were set
+    CR4 = 11
+    EFER = 12
+    MMIO = 13  # the MMIO info cache: the words of Mmio,
+    MMIO_GENERATION = 16  # and the memslot generation it is of
+    PML_LOG = 17  # gfns that page-modification logging noted
+
+
+class Request(IntEnum):
+    """Requests to a vCPU, as bits; served before it enters the guest again."""
+
+    TLB_FLUSH = 1
+    FREE_OBSOLETE_ROOTS = 2
+    LOAD_ROOT = 4
+    TLB_FLUSH_CURRENT = 8
+
+
+SHADOW_PAGE = np.dtype([
+    ("gfn", np.uint64),  # first gfn mapped
+    ("parent", np.uint64),  # spte that points here, 0 for none
+    ("role", np.uint32),  # ROLE bits; 0 for a table not in use
+    ("roots", np.uint32),  # how many vCPUs have it as their root
+    ("next", np.uint32),  # in its hash bucket, or on the list of free tables
+    ("older", np.uint32),
+    ("newer", np.uint32),
+    ("level", np.uint8),
+    ("generation", np.uint8),  # VALID_GENERATION when it was made
+    ("nx_split", np.uint8),  # counted in nx_lpage_splits
+    ("nx_disallowed", np.uint8),  # made because a fetch may not use a huge page
+])  # fmt: skip
+"""What KVM knows of one table of sptes, shadow page or table of the TDP MMU (facts 5.11)."""
+
+
+class LogKind(IntEnum):
+    """Kinds of log rows."""
+
+    MMIO_READ = 0  # address: gpa, size, value: data
+    MMIO_WRITE = 1
+    PAGE_FAULT = 2  # delivered to the guest; address: gva, value: error code
+    LOADED = 3  # address: gva, size, value: data
+    EXIT = 4  # a fault that exits to KVM; address, value: error code
+    ACCESSED = 5  # address: gva, value: gpa
+
+
+LOG = np.dtype([
+    ("kind", np.uint8),
+    ("size", np.uint8),
+    ("event", np.uint32),  # index of the event
+    ("address", np.uint64),
+    ("value", np.uint64),
+])  # fmt: skip
+"""What a replay tells besides counters."""
+
+
+class Stop(IntEnum):
+    """Why a replay ended."""
+
+    END = 0
+    DIFFERS = 1  # an access translated to another address than the one recorded
+    GUEST_FAULT = 2  # a guest #PF, where the machine stops at them
+    LOG_FULL = 3
+    NO_TABLES = 4  # the pool of tables is used up
+    NO_PAGES = 5  # KVM's own limit leaves no shadow page: KVM_RUN fails with ENOSPC
+    NO_PROGRESS = 6  # an access faults for ever
+    DEVICE_FETCH = 7  # an instruction would be fetched from a device: KVM gives up
+    SHADOW_PAGING = 8  # the guest pages without two-dimensional paging
+
+
+class Outcome(IntEnum):
+    """What became of a page fault (facts 5.1)."""
+
+    RETRY = 1
+    EMULATE = 2
+    INVALID = 4  # this path did not handle it
+    FIXED = 5
+    SPURIOUS = 6
+    NO_TABLES = 7  # as the Stop of that name
+    NO_PAGES = 8
+
+
+class Status(IntEnum):
+    """What became of an access."""
+
+    DONE = 0
+    FAULT = 1  # a guest #PF
+    EXIT = 2  # a fault for KVM
+    EMULATED = 3  # done by KVM's emulator
+    STOP = 4  # it cannot be done; VmWord.STOP says why
+
+
+class Touch(NamedTuple):
+    """Answer of the processor for one page: gpa when DONE; else where it faulted, gva or gpa, and the error code."""
+
+    status: np.int64
+    gpa: np.uint64
+    address: np.uint64
+    pferr: np.uint64
+
+
+class KvmState(NamedTuple):
+    """A virtual machine as KVM keeps it, shared by its vCPUs."""
+
+    mem: MemoryState  # slots: MEMSLOT rows
+    spt: np.ndarray  # uint64[tables * 512]: sptes; table i begins at i * 512, table 0 is never used
+    page: np.ndarray  # SHADOW_PAGE[tables]
+    slot_words: np.ndarray  # uint64: what memslots keep by page
+    word: np.ndarray  # uint64[VmWord.HASH + HASH_BUCKETS + vcpus]: behind the buckets each vCPU's Request bits
+
+
+class RegisterTable(NamedTuple):
+    """Register settings that MODE and REGISTERS events name by row."""
+
+    mmu: MmuState  # each with one more leading axis
+    raw: np.ndarray  # uint64[rows, 3]: CR0, CR4, EFER
+
+
+class VcpuState(NamedTuple):
+    """One virtual processor; with one more leading axis, all of them."""
+
+    mmu: MmuState
+    trail: np.ndarray  # uint64[TRAIL_LENGTH]
+    own: np.ndarray  # uint64[VCPU_WORDS]
+    tlb: np.ndarray  # uint64[sets + 1, ways, 2], see tlb.py
+    stat: np.ndarray  # int64[len(Counter)]: a gauge that one vCPU raises another may lower
+
+
+PML_ENTRIES = 512
+VCPU_WORDS = VcpuWord.PML_LOG + PML_ENTRIES
+TABLE_WORDS = 512
