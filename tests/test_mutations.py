@@ -21,6 +21,8 @@ from fastmmu._jit import JIT
 
 WALK = ("tests/test_walk.py", "tests/test_access_matrix.py", "tests/test_translate.py")
 MMIO = ("tests/test_mmio.py",)
+KVM = ("tests/test_kvm_rules.py", "tests/test_scenarios.py")
+STREAMS = ("tests/test_kvm_rules.py", "tests/test_streams.py")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,40 @@ MUTANTS = (
     Mutant("no access check", "mmio.py", "if denied(generation, mmu, entry[Mmio.ACCESS], access):", "if False:", MMIO),
     Mutant("stale for ever", "judge.py", "        legal[0] = granted_today(vm, entry)", "        legal[0] |= granted_today(vm, entry)", MMIO),
     Mutant("changes never legal", "judge.py", "        legal[0] |= granted_today(vm, entry)", "        pass", MMIO),
+    Mutant("the fast path does not log", "fault.py", "                mark_dirty(vm, vm.mem.slots[number], gfn)\n            count(vcpu.stat, Counter.PF_FAST)", "                pass\n            count(vcpu.stat, Counter.PF_FAST)", KVM),
+    Mutant("the fast path opens huge pages", "fault.py", "                return Outcome.INVALID  # only the first of its pages would be logged", "                pass", KVM),
+    Mutant("stale MMIO sptes answer", "fault.py", " or mmio_generation(spte) != generation & MAX_GENERATION:", ":", KVM),
+    Mutant("read-only memslots mapped for writes", "fault.py", "elif pferr & PFERR.W != ZERO and is_readonly(vm.mem.slots[number]):", "elif False:", KVM),
+    Mutant("prefetch while logging", "fault.py", "if logs_dirty(slot) or is_readonly(slot) or gfn", "if is_readonly(slot) or gfn", KVM),
+    Mutant("prefetch over the end of a memslot", "fault.py", ' or gfn + (end - start) > slot["base"] + slot["pages"]:', ":", KVM),
+    Mutant("prefetch goes on behind a run it cannot take", "fault.py", "            if not prefetch_run(vm, vcpu, start, at):\n                return", "            prefetch_run(vm, vcpu, start, at)", KVM),
+    Mutant("huge pages while logging", "fault.py", "if number == NO_SLOT or logs_dirty(vm.mem.slots[number]):", "if number == NO_SLOT:", KVM),
+    Mutant("a huge page dropped without a flush", "fault.py", "                drop_leaf(vm, vcpu.stat, index)\n                flush_remote(vm.word, vcpu.stat)", "                drop_leaf(vm, vcpu.stat, index)", KVM),
+    Mutant("tables give way under NX", "fault.py", "return vm.word[VmWord.NX_HUGE_PAGES] != ZERO and level > ONE and level == goal and is_table(spte, level)", "return False", KVM),
+    Mutant("huge pages executable under NX", "spte.py", " and not (level > ONE and word[VmWord.NX_HUGE_PAGES] != ZERO)", "", KVM),
+    Mutant("eight bits of generation", "spte.py", "| low | high |", "| low |", KVM),
+    Mutant("logging takes MMU_WRITABLE", "dirty_log.py", "        clear_slot_bits(vm, slot, ONE, W)", "        clear_slot_bits(vm, slot, ONE, W | vm.word[VmWord.MMU_WRITABLE])", KVM),
+    Mutant("no flush when logging begins", "dirty_log.py", "        clear_slot_bits(vm, slot, ONE, W)\n    flush_remote(vm.word, stat)", "        clear_slot_bits(vm, slot, ONE, W)", KVM),
+    Mutant("GET leaves the bitmap", "dirty_log.py", "mask = exchange(vm.slot_words, at, ZERO)", "mask = vm.slot_words[at]", KVM),
+    Mutant("CLEAR leaves huge pages MMU-writable", "dirty_log.py", "bits = W | vm.word[VmWord.MMU_WRITABLE]", "bits = W", KVM),
+    Mutant("huge pages do not come back", "dirty_log.py", 'vm.word[VmWord.MAX_LEVEL]) >= level:', 'vm.word[VmWord.MAX_LEVEL]) > level:', KVM),
+    Mutant("the generation advances by one", "host.py", "ADDRESS_SPACES = np.uint64(2)", "ADDRESS_SPACES = np.uint64(1)", KVM),
+    Mutant("nothing zapped when the generation wraps", "host.py", "~(ADDRESS_SPACES - ONE) == ZERO:", "~(ADDRESS_SPACES - ONE) == ONE:", KVM),
+    Mutant("an unmap without a flush", "host.py", "    if zapped:\n        flush_remote(vm.word, stat)", "    if zapped:\n        pass", KVM),
+    Mutant("deleting a memslot zaps nothing", "host.py", "    zap_all_fast(vm, stat)\n    if logs_dirty", "    if logs_dirty", KVM),
+    Mutant("roots in use recycled", "shadow.py", '        if vm.page[table]["roots"] == NONE:\n            zap(', "        if True:\n            zap(", KVM),
+    Mutant("the newest recycled", "shadow.py", "    zapped = ZERO\n    table = vm.word[VmWord.OLDEST]", "    zapped = ZERO\n    table = vm.word[VmWord.NEWEST]", KVM),
+    Mutant("a leaf dropped without its reverse map", "shadow.py", "    rmap_set(vm, gfn_of_entry(vm, index), level, ZERO)\n", "", KVM),
+    Mutant("leaves of a freed table still counted", "tdp.py", "            count_leaf(stat, level, -1)\n        index += ONE", "            pass\n        index += ONE", KVM),
+    Mutant("an empty range splits nothing", "tdp.py", "        if frame_at(gfn, level) >= end:", "        if gfn >= end:", KVM),
+    Mutant("every TLB entry dirty", "hardware.py", "level, dirty, is_executable(word, spte))", "level, True, is_executable(word, spte))", STREAMS),
+    Mutant("tables only read", "hardware.py", "        table_access |= PFERR.W\n    while True", "        pass\n    while True", STREAMS),
+    Mutant("no page-modification logging", "hardware.py", "            log_modification(vm, vcpu, gfn)", "            pass", STREAMS),
+    Mutant("INVLPG forgets nothing", "tlb.py", "                if (tag & PAGE_NUMBER) >> shift == page >> shift:", "                if False:", STREAMS),
+    Mutant("a flush forgets nothing", "tlb.py", "    epoch = tlb[last, 0, 0] + ONE", "    epoch = tlb[last, 0, 0]", STREAMS),
+    Mutant("requested flushes counted, not done", "guest.py", "        count(vcpu.stat, Counter.TLB_FLUSH)\n        flush(vcpu.tlb)", "        count(vcpu.stat, Counter.TLB_FLUSH)", STREAMS),
+    Mutant("the emulator's A bits not logged", "guest.py", "        log_guest_bits(vm, vcpu, gva, walk.level, access & PFERR.W != ZERO)\n", "", STREAMS),
+    Mutant("keys not asked on a TLB hit", "tlb.py", "denied = denied or key_fault", "denied = denied or False and key_fault", STREAMS),
 )  # fmt: skip
 
 
