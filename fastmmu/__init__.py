@@ -1,6 +1,10 @@
 """fastmmu: an exact, fast, executable model of KVM's x86 MMU."""
 
+from fastmmu.audit import AuditError, audit
+from fastmmu.events import EventList, Op
 from fastmmu.explain import explain
+from fastmmu.kvm import Kvm
+from fastmmu.machine import Machine, MachineError, NotBuilt
 from fastmmu.memory import GuestMemory
 from fastmmu.paging import Cpu
 from fastmmu.processor import GeneralProtection
@@ -22,15 +26,23 @@ __all__ = [
     "IMPLICIT",
     "USER",
     "WRITE",
+    "AuditError",
     "Cpu",
+    "EventList",
     "GeneralProtection",
     "GuestMemory",
+    "Kvm",
+    "Machine",
+    "MachineError",
+    "NotBuilt",
+    "Op",
     "ReplayError",
     "TraceError",
     "Translation",
     "Translations",
     "Vm",
     "Workload",
+    "audit",
     "explain",
     "load_replay",
     "translate",
