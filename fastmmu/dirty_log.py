@@ -206,9 +206,13 @@ def protect_again(vm, stat, slot, i, mask):
 
 
 @inner
-def forget_written(vm, slot, i, mask):
-    """The audit's own record of what must be in the log."""
-    fetch_and(vm.slot_words, slot["written"] + np.uint64(i), ~mask)
+def reported(vm, stat, slot, i, mask):
+    """The pages of `mask` were taken from the log: the next write to them is logged again. False when there are none."""
+    if mask == ZERO:
+        return False
+    fetch_and(vm.slot_words, slot["written"] + np.uint64(i), ~mask)  # the audit's own record
+    protect_again(vm, stat, slot, i, mask)
+    return True
 
 
 @inner
@@ -224,10 +228,7 @@ def get(vm, stat, slot):
         if vm.slot_words[at] != ZERO:
             mask = exchange(vm.slot_words, at, ZERO)
         vm.slot_words[slot["report"] + np.uint64(i)] = mask
-        if mask != ZERO:
-            flushes = True
-            forget_written(vm, slot, i, mask)
-            protect_again(vm, stat, slot, i, mask)
+        flushes |= reported(vm, stat, slot, i, mask)
     if flushes:
         flush_remote(vm.word, stat)
 
@@ -238,13 +239,8 @@ def clear(vm, stat, slot):
     flushes = False
     for i in range(bitmap_words(slot)):
         wanted = vm.slot_words[slot["report"] + np.uint64(i)] & word_of_pages(slot, i)
-        if wanted == ZERO:
-            continue
         mask = fetch_and(vm.slot_words, slot["dirty"] + np.uint64(i), ~wanted) & wanted
-        if mask != ZERO:
-            flushes = True
-            forget_written(vm, slot, i, mask)
-            protect_again(vm, stat, slot, i, mask)
+        flushes |= reported(vm, stat, slot, i, mask)
     if flushes:
         flush_remote(vm.word, stat)
 

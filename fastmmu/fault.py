@@ -157,9 +157,34 @@ def gives_way(vm, goal, level, spte):
     return vm.word[VmWord.NX_HUGE_PAGES] != ZERO and level > ONE and level == goal and is_table(spte, level)
 
 
+@inner
+def make_child(vm, vcpu, index, level, gfn, disallowed, requested):
+    """Put a table under the entry at `index`, in place of nothing, an MMIO spte or a huge page; NO_TABLE without a free one.
+
+    In 6.1 a huge page above the goal is not split but dropped: the other pages of its frame fault anew.
+    """
+    if vm.word[VmWord.TDP_MMU] != ZERO:
+        if is_present(vm.spt[index]):
+            zap_huge(vm, vcpu.stat, index, level)
+        return link_table(vm, vcpu.stat, index, level, gfn, disallowed, disallowed and requested >= level)
+    child = get_shadow_page(vm, vcpu.stat, frame_at(gfn, level), level - ONE)
+    if child == NO_TABLE:
+        return child
+    if is_present(vm.spt[index]):
+        drop_leaf(vm, vcpu.stat, index)
+        flush_remote(vm.word, vcpu.stat)
+    link(vm, index, child)
+    if disallowed and vm.word[VmWord.TDP] != ZERO:
+        vm.page[child]["nx_disallowed"] = YES
+        if requested >= level and vm.page[child]["nx_split"] != YES:
+            vm.page[child]["nx_split"] = YES
+            count(vcpu.stat, Counter.NX_LPAGE_SPLITS)
+    return child
+
+
 @inner(inline=True)
-def map_tdp(vm, vcpu, number, gfn, fetch):
-    """Map `gfn` in the TDP MMU (facts 5.4b, as 6.1 does it: a huge leaf above the goal is zapped, not split)."""
+def descend(vm, vcpu, number, gfn, fetch):
+    """(index, level) of the entry at the goal level for `gfn`, tables made on the way; index 0 without a free table."""
     goal, requested, disallowed = goal_levels(vm, number, gfn, fetch)
     table, level = root_for(vm, vcpu, gfn)
     while True:
@@ -168,16 +193,20 @@ def map_tdp(vm, vcpu, number, gfn, fetch):
         if gives_way(vm, goal, level, old):
             goal -= ONE
         if level == goal:
-            break
-        if is_table(old, level):
-            table = pfn_of(old)
-        else:
-            if is_present(old):
-                zap_huge(vm, vcpu.stat, index, level)
-            table = link_table(vm, vcpu.stat, index, level, gfn, disallowed, disallowed and requested >= level)
-            if table == NO_TABLE:
-                return Outcome.NO_TABLES
+            return index, level
+        table = pfn_of(old) if is_table(old, level) else make_child(vm, vcpu, index, level, gfn, disallowed, requested)
+        if table == NO_TABLE:
+            return ZERO, level
         level -= ONE
+
+
+@inner(inline=True)
+def map_tdp(vm, vcpu, number, gfn, fetch):
+    """Map `gfn` in the TDP MMU (facts 5.4b)."""
+    index, level = descend(vm, vcpu, number, gfn, fetch)
+    if index == ZERO:
+        return Outcome.NO_TABLES
+    old = vm.spt[index]
     spte = new_leaf(vm, vcpu, number, gfn, level, old)
     if spte == old:
         return Outcome.SPURIOUS if number != NO_SLOT else Outcome.EMULATE
@@ -194,32 +223,9 @@ def map_tdp(vm, vcpu, number, gfn, fetch):
 @inner(inline=True)
 def map_direct(vm, vcpu, number, gfn, fetch):
     """Map `gfn` in direct shadow pages, then its neighbours (facts 5.4a, 5.10)."""
-    goal, requested, disallowed = goal_levels(vm, number, gfn, fetch)
-    table, level = root_for(vm, vcpu, gfn)
-    while True:
-        index = entry_of(table, gfn, level)
-        old = vm.spt[index]
-        if gives_way(vm, goal, level, old):
-            goal -= ONE
-        if level == goal:
-            break
-        if is_table(old, level):
-            table = pfn_of(old)
-        else:
-            child = get_shadow_page(vm, vcpu.stat, frame_at(gfn, level), level - ONE)
-            if child == NO_TABLE:
-                return Outcome.NO_TABLES
-            if is_present(old):  # a huge page gives way
-                drop_leaf(vm, vcpu.stat, index)
-                flush_remote(vm.word, vcpu.stat)
-            link(vm, index, child)
-            if disallowed and vm.word[VmWord.TDP] != ZERO:
-                vm.page[child]["nx_disallowed"] = YES
-                if requested >= level and vm.page[child]["nx_split"] == 0:
-                    vm.page[child]["nx_split"] = YES
-                    count(vcpu.stat, Counter.NX_LPAGE_SPLITS)
-            table = child
-        level -= ONE
+    index, level = descend(vm, vcpu, number, gfn, fetch)
+    if index == ZERO:
+        return Outcome.NO_TABLES
     outcome = set_leaf(vm, vcpu, number, index, level, gfn)
     if outcome != Outcome.SPURIOUS and level == ONE and vm.word[VmWord.AD] != ZERO:
         prefetch_neighbours(vm, vcpu, index)

@@ -99,7 +99,7 @@ MUTANTS = (
     Mutant("prefetch over the end of a memslot", "fault.py", ' or gfn + (end - start) > slot["base"] + slot["pages"]:', ":", KVM),
     Mutant("prefetch goes on behind a run it cannot take", "fault.py", "            if not prefetch_run(vm, vcpu, start, at):\n                return", "            prefetch_run(vm, vcpu, start, at)", KVM),
     Mutant("huge pages while logging", "fault.py", "if number == NO_SLOT or logs_dirty(vm.mem.slots[number]):", "if number == NO_SLOT:", KVM),
-    Mutant("a huge page dropped without a flush", "fault.py", "                drop_leaf(vm, vcpu.stat, index)\n                flush_remote(vm.word, vcpu.stat)", "                drop_leaf(vm, vcpu.stat, index)", KVM),
+    Mutant("a huge page dropped without a flush", "fault.py", "        drop_leaf(vm, vcpu.stat, index)\n        flush_remote(vm.word, vcpu.stat)", "        drop_leaf(vm, vcpu.stat, index)", KVM),
     Mutant("tables give way under NX", "fault.py", "return vm.word[VmWord.NX_HUGE_PAGES] != ZERO and level > ONE and level == goal and is_table(spte, level)", "return False", KVM),
     Mutant("huge pages executable under NX", "spte.py", " and not (level > ONE and word[VmWord.NX_HUGE_PAGES] != ZERO)", "", KVM),
     Mutant("eight bits of generation", "spte.py", "| low | high |", "| low |", KVM),
