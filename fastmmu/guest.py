@@ -53,6 +53,9 @@ def write_log(vm, log, kind, size, event, address, value):
 @inner
 def load_root(vm, vcpu):
     """Find or make the root that the processor walks, and flush what its TLB has for another one. False when that is the end."""
+    if vm.word[VmWord.TDP] == ZERO and vcpu.mmu.reg[Reg.MODE] != MODE_NONE:
+        stop(vm, Stop.SHADOW_PAGING, ZERO, ZERO)
+        return False
     if vm.word[VmWord.TDP_MMU] != ZERO:
         root = get_root(vm)
     elif is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
@@ -121,20 +124,19 @@ def is_asked(vm, vcpu):
 
 @inner
 def enter(vm, vcpu):
-    """Serve what was asked of the vCPU, and enter the guest. False when that is the end."""
+    """Serve what was asked of the vCPU, also what serving it asks for, and enter the guest. False when that is the end."""
     number = REQUESTS + vcpu.own[VcpuWord.NUMBER]
-    if vm.word[number] & FREE_OBSOLETE_ROOTS != ZERO:
-        free_obsolete_root(vm, vcpu)
-    requests = vm.word[number]
-    vm.word[number] = ZERO
-    if requests & (TLB_FLUSH | FLUSH_CURRENT) != ZERO:
-        count(vcpu.stat, Counter.TLB_FLUSH)
-        flush(vcpu.tlb)
-    if vcpu.own[VcpuWord.ROOT] == ZERO:
-        if vm.word[VmWord.TDP] == ZERO and vcpu.mmu.reg[Reg.MODE] != MODE_NONE:
-            stop(vm, Stop.SHADOW_PAGING, ZERO, ZERO)
+    while vm.word[number] != ZERO:
+        if vm.word[number] & FREE_OBSOLETE_ROOTS != ZERO:
+            free_obsolete_root(vm, vcpu)
+        requests = vm.word[number]
+        vm.word[number] = ZERO
+        if requests & (TLB_FLUSH | FLUSH_CURRENT) != ZERO:
+            count(vcpu.stat, Counter.TLB_FLUSH)
+            flush(vcpu.tlb)
+        if vcpu.own[VcpuWord.ROOT] == ZERO and not load_root(vm, vcpu):
+            vm.word[number] |= LOAD_ROOT  # whoever tries again comes here again
             return False
-        return load_root(vm, vcpu)
     return True
 
 

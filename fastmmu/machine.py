@@ -37,7 +37,6 @@ from fastmmu.paging import Cpu, Mode, PlainColumn, permission_bytes, plain_check
 from fastmmu.processor import load_registers
 from fastmmu.state import TRAIL_LENGTH, MemoryState, MmuState, Reg, SlotKind
 
-KVM_COUNTERS = tuple(counter for counter in Counter if counter < Counter.TLB_HITS)
 LOG_ROWS = 1 << 12
 PARAMETERS = (VmWord.NX_HUGE_PAGES, VmWord.EAGER_PAGE_SPLIT)
 """Module parameters that may change while a VM runs."""

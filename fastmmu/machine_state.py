@@ -147,6 +147,10 @@ class Counter(IntEnum):
     PML_FULL = 31
 
 
+KVM_COUNTERS = tuple(counter for counter in Counter if counter < Counter.TLB_HITS)
+"""Those that KVM itself has."""
+
+
 class VcpuWord(IntEnum):
     """Words of a vCPU."""
 

@@ -11,8 +11,8 @@ from fastmmu.audit import AuditError, audit
 from fastmmu.bits import CR0, PAGE_SIZE
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
-from fastmmu.machine import KVM_COUNTERS, Machine, MachineError, NotBuilt
-from fastmmu.machine_state import REQUESTS, LogKind, Request, SlotFlag, Stop, VmWord
+from fastmmu.machine import Machine, MachineError, NotBuilt
+from fastmmu.machine_state import KVM_COUNTERS, REQUESTS, LogKind, Request, SlotFlag, Stop, VmWord
 from fastmmu.paging import Cpu
 from fastmmu.program import Program, write_program
 from fastmmu.trace.npz import TraceError

@@ -656,6 +656,11 @@ NEITHER: dict[str, Callable[[], Document]] = {"shadow paging": shadowed, "code i
 # --- small ones, on which the two models once differed, or still do ---------------------------------------------------------
 
 
+def root_makes_room() -> Document:
+    """Making a root recycles pages, whose flush is served before the guest is entered."""
+    return random_scenario(random.Random(1851456391))
+
+
 def created_late() -> Document:
     """A vCPU that is made after a flush was asked for."""
     b = Builder(TDP)
@@ -827,6 +832,7 @@ NAMED |= {
     )},
     "exchange_reads": lambda: exchanged(0),
     "missing_log": missing_log,
+    "root_makes_room": root_makes_room,
 }  # fmt: skip
 
 

@@ -122,7 +122,8 @@ MUTANTS = (
     Mutant("no page-modification logging", "hardware.py", "            log_modification(vm, vcpu, gfn)", "            pass", STREAMS),
     Mutant("INVLPG forgets nothing", "tlb.py", "                if (tag & PAGE_NUMBER) >> shift == page >> shift:", "                if False:", STREAMS),
     Mutant("a flush forgets nothing", "tlb.py", "    epoch = tlb[last, 0, 0] + ONE", "    epoch = tlb[last, 0, 0]", STREAMS),
-    Mutant("requested flushes counted, not done", "guest.py", "        count(vcpu.stat, Counter.TLB_FLUSH)\n        flush(vcpu.tlb)", "        count(vcpu.stat, Counter.TLB_FLUSH)", STREAMS),
+    Mutant("requested flushes counted, not done", "guest.py", "            count(vcpu.stat, Counter.TLB_FLUSH)\n            flush(vcpu.tlb)", "            count(vcpu.stat, Counter.TLB_FLUSH)", STREAMS),
+    Mutant("requests served once", "guest.py", "    while vm.word[number] != ZERO:", "    if vm.word[number] != ZERO:", KVM),
     Mutant("the emulator's A bits not logged", "guest.py", "        log_guest_bits(vm, vcpu, gva, walk.level, access & PFERR.W != ZERO)\n", "", STREAMS),
     Mutant("keys not asked on a TLB hit", "tlb.py", "denied = denied or key_fault", "denied = denied or False and key_fault", STREAMS),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from fastmmu.bits import CR0, PAGE_SIZE, PHYSICAL_LIMIT
 from fastmmu.checks import WORD
-from fastmmu.machine import KVM_COUNTERS
+from fastmmu.machine_state import KVM_COUNTERS
 from fastmmu.trace.npz import TraceError, first_line
 
 FORMAT = "kvm-truth/1"
