@@ -1,0 +1,59 @@
+"""The experiments on KVM's MMU: what their cells check, and that a timed run comes to what was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bench import faults, mmio_mmu, mmu_cost
+from bench.experiment import Cell, Context
+from bench.workloads import BUNDLED_TRACE
+from fastmmu._jit import JIT
+
+pytestmark = pytest.mark.skipif(not JIT, reason="whole guests: compiled code only")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(faults, "SIZES", {"4k": (1 << 24, 1, 1 << 12), "2m": (1 << 26, 2, 1 << 21)})
+    yield
+
+
+def test_names_of_cells() -> None:
+    for name in ("faults/tdp/4k/first-touch", "mmu/linux-boot/tdp"):
+        assert Cell.named(name).name == name
+
+
+@pytest.mark.parametrize("mmu", faults.MMUS)
+@pytest.mark.parametrize("size", ["4k", "2m"])
+@pytest.mark.parametrize("case", [faults.WALK, *faults.CASES])
+def test_each_fault_is_one(small: None, mmu: str, size: str, case: str) -> None:
+    cell = Cell(faults.NAME, f"{mmu}/{size}", case)
+    checked = faults.check(Context(BUNDLED_TRACE, None), cell)
+    timed = faults.timed(Context(BUNDLED_TRACE, None), cell)
+    for _ in range(2):
+        timed.run(1)
+        assert timed.digest() == checked.expected == timed.accesses
+    if case == "after-unmap" and size == "4k":
+        assert checked.counters["pages_4k"] == checked.counters["pf_taken"]  # one page a fault, neighbours or not
+    if case == "write-protect":
+        assert checked.counters["pf_fast"] == (checked.expected if size == "4k" else 0)
+
+
+def test_warm_streams_cause_no_exit() -> None:
+    context = Context(BUNDLED_TRACE, 20_000)
+    for cell in mmu_cost.cells(context):
+        counters = mmu_cost.check(context, cell).counters
+        if cell.workload.endswith(mmu_cost.WARM) and cell.strategy in mmu_cost.KVMS:
+            assert counters["exits_no_irq"] == 0
+            assert counters["tlb_hits"] + counters["tlb_misses"] == counters["accesses"]
+    mmu_cost.timed(context, Cell(mmu_cost.NAME, context.workload.name + mmu_cost.WARM, "tdp")).run(1)
+
+
+def test_what_remembering_devices_saves() -> None:
+    """With MMIO sptes a device page is a slow fault once; without, each access is."""
+    context = Context(BUNDLED_TRACE, 80_000)
+    slow = {name: mmio_mmu.check(context, Cell(mmio_mmu.NAME, "x", name)).counters["pf_taken"] for name in mmio_mmu.KVMS}
+    assert slow["none"] == slow["info"] > slow["spte"] == slow["spte+info"]
+    assert mmio_mmu.accesses(context) <= slow["none"]
