@@ -210,7 +210,7 @@ def check_shadow_pages(state: State) -> None:
 
 def check_rmap(state: State) -> None:
     """Each leaf stands in its memslot's reverse map, and nothing else does."""
-    expected = np.zeros(len(state.machine.vm.slot_words), np.uint64)
+    expected = np.zeros(state.machine.slot_words_used, np.uint64)
     gfn, slot = state.gfn[state.leaf], state.slot_of(state.gfn[state.leaf])
     level = np.broadcast_to(state.level, state.spte.shape)[state.leaf]
     shift = np.uint64(9) * (level - np.uint64(1))

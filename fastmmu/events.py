@@ -50,7 +50,8 @@ EVENT = np.dtype([
 
 
 class EventList:
-    """Builder of a small event stream, one method per operation; `array()` is what `replay` takes."""
+    """Builder of an event stream; `array()` is what `replay` and `Machine.run` take. `add` takes any event, the other methods are
+    short for common ones."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int, int, int, int]] = []
@@ -98,5 +99,17 @@ class EventList:
         return self.add(Op.GENERATION, value=value)
 
     def array(self) -> np.ndarray:
-        """The stream as an array of EVENT rows."""
-        return np.array(self._rows, EVENT)
+        """The stream as an array of EVENT rows.
+
+        Raises:
+            ValueError: a column that does not fit into its field.
+        """
+        try:
+            return np.array(self._rows, EVENT)
+        except (OverflowError, TypeError, ValueError):
+            for at, row in enumerate(self._rows):
+                for name, value in zip(EVENT.names or (), row, strict=True):
+                    limit = 1 << 8 * EVENT[name].itemsize
+                    if not isinstance(value, (int, np.integer)) or not 0 <= value < limit:
+                        raise ValueError(f"event {at}: {name} {value!r}, expected an int below {limit:#x}") from None
+            raise

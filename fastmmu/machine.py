@@ -5,7 +5,6 @@ Compiled code checks no bounds; every event, slot and register that reaches it p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +31,13 @@ from fastmmu.machine_state import (
     VcpuWord,
     VmWord,
 )
-from fastmmu.memory import GuestMemory
+from fastmmu.memory import GuestMemory, reserve
 from fastmmu.paging import Cpu, Mode, PlainColumn, permission_bytes, plain_checks, reserved_masks
 from fastmmu.processor import load_registers
 from fastmmu.state import TRAIL_LENGTH, MemoryState, MmuState, Reg, SlotKind
 
-LOG_ROWS = 1 << 12
+LOG_ROWS = 1 << 14
+SLOT_WORDS = 1 << 33  # room for what memslots keep by page: 32 TiB of memory; it costs only what is used
 PARAMETERS = (VmWord.NX_HUGE_PAGES, VmWord.EAGER_PAGE_SPLIT)
 """Module parameters that may change while a VM runs."""
 
@@ -78,6 +78,8 @@ class Machine:
         memory: GuestMemory; write guest page tables and data into `memory.words`.
         kvm: how it is run.
         vcpus: how many processors it has.
+        slots: memslots by id, as the last run left them.
+        slot_words_used: words of `vm.slot_words` that memslots have taken.
     """
 
     def __init__(self, kvm: Kvm, cpu: Cpu, *, memory: int = 1 << 32, vcpus: int = 1, tables: int = 1 << 18) -> None:
@@ -93,6 +95,8 @@ class Machine:
         Raises:
             ValueError: a value out of range; NotBuilt: PAE paging in the guest.
         """
+        if not isinstance(kvm, Kvm) or not isinstance(cpu, Cpu):
+            raise ValueError(f"expected a Kvm and a Cpu, not {type(kvm).__name__} and {type(cpu).__name__}")
         self.kvm = kvm
         self.memory = GuestMemory(memory)
         self.vcpus = checked_int(vcpus, 1, 1024, "vcpus", "an int from 1 to 1024")
@@ -122,10 +126,13 @@ class Machine:
         word[VmWord.GENERATION] = kvm.generation
         word[VmWord.MAX_GFN] = (1 << (kvm.host_maxphyaddr - 12)) - 1
         word[VmWord.FRESH_TABLE] = 1
+        word[VmWord.STOP_WHEN_FULL] = 1
         word[VmWord.MAX_PAGES] = 64
         mem = MemoryState(self.memory.words, self.memory.state.halves, np.zeros(1, MEMSLOT), np.int64(0), np.uint64(0))
         spt = np.zeros(tables * TABLE_WORDS, np.uint64)
-        self.vm = KvmState(mem, spt, np.zeros(tables, SHADOW_PAGE), np.zeros(0, np.uint64), word)
+        slot_words = np.frombuffer(reserve(SLOT_WORDS * 8), np.uint64)
+        self.slot_words_used = 0
+        self.vm = KvmState(mem, spt, np.zeros(tables, SHADOW_PAGE), slot_words, word)
 
     def _make_vcpus(self, cpu: Cpu) -> None:
         count, (sets, ways) = self.vcpus, self.kvm.tlb
@@ -148,6 +155,8 @@ class Machine:
         Raises:
             ValueError: another MAXPHYADDR than the machine's; NotBuilt: PAE.
         """
+        if not isinstance(cpu, Cpu):
+            raise ValueError(f"cpu: {type(cpu).__name__}, expected a Cpu")
         if cpu in self._cpus:
             return self._cpus.index(cpu)
         if cpu.maxphyaddr != self._maxphyaddr:
@@ -197,10 +206,9 @@ class Machine:
         return len(self._prepared) - 1
 
     def _add_slot_words(self, row: np.ndarray, offset: int) -> None:
-        """Give a memslot its words: bitmaps, counts against huge pages, reverse map. Zeros cost no memory until they are used."""
+        """Give a memslot its words: bitmaps, counts against huge pages, reverse map. They cost memory only where they are used."""
         base, pages = int(row["base"]), int(row["pages"])
-        old = self.vm.slot_words
-        end = len(old)
+        end = self.slot_words_used
         for name in ("dirty", "written", "report"):
             row[name] = end
             end += -(-pages // 64)
@@ -209,19 +217,22 @@ class Machine:
             for level in (1, 2, 3):
                 row[name][level] = end
                 end += frames[level]
-        words = np.zeros(end, np.uint64)
-        words[np.flatnonzero(old)] = old[np.flatnonzero(old)]
+        words = self.vm.slot_words
+        if end > len(words):
+            raise ValueError(f"slot {int(row['id'])}: {pages} pages, expected fewer: the room for all memslots is used up")
         for level in (2, 3):
             inside = (1 << 9 * (level - 1)) - 1
             first = int(row["disallow"][level])
             counts = words[first : first + frames[level]]
             counts[0] += np.uint64(base & inside != 0)
             counts[-1] += np.uint64((base + pages) & inside != 0)
-            counts += np.uint64(offset & inside != 0)
+            if offset & inside:
+                counts += np.uint64(1)
+        self.slot_words_used = end
         slots = self.vm.mem.slots
         if len(slots) <= len(self._prepared):
             slots = np.append(slots, np.zeros(len(slots), MEMSLOT))
-        self.vm = self.vm._replace(slot_words=words, mem=self.vm.mem._replace(slots=slots))
+        self.vm = self.vm._replace(mem=self.vm.mem._replace(slots=slots))
 
     # --- running it
 
@@ -241,17 +252,23 @@ class Machine:
         """
         if not checked:
             self.check(events)
-        supply = np.zeros(0, np.uint64) if supply is None else np.ascontiguousarray(supply, np.uint64)
+        first = checked_int(first, 0, len(events), "first", f"an index up to {len(events)}")
+        if not (events.flags.c_contiguous and events.flags.writeable):
+            events = events.copy()  # the kernel is compiled for plain arrays
+        supply = self._checked_supply(supply)
         word = self.vm.word
         word[VmWord.LOGGED] = word[VmWord.SUPPLIED] = 0
         logs = []
-        while True:
-            stopped = int(drive(self.vm, self.state, self._table, self._prepared, self._log, supply, events, first))
-            logs.append(self._log[: int(word[VmWord.LOGGED])].copy())
-            stop = Stop(int(word[VmWord.STOP]))
-            if stop != Stop.LOG_FULL:
-                break
-            word[VmWord.LOGGED], first = 0, stopped
+        try:
+            while True:
+                stopped = int(drive(self.vm, self.state, self._table, self._prepared, self._log, supply, events, first))
+                logs.append(self._log[: int(word[VmWord.LOGGED])].copy())
+                stop = Stop(int(word[VmWord.STOP]))
+                if stop != Stop.LOG_FULL:
+                    break
+                word[VmWord.LOGGED], first = 0, stopped
+        finally:
+            self._follow_slots()
         if stop == Stop.SHADOW_PAGING:
             raise NotBuilt("shadow paging")
         if stop in ERRORS:
@@ -259,11 +276,30 @@ class Machine:
             raise MachineError(f"event {stopped}, address {address:#x}, access {code:#x}: {ERRORS[stop]}")
         return Run(stopped, stop, int(word[VmWord.STOP_ADDRESS]), int(word[VmWord.STOP_CODE]), np.concatenate(logs))
 
-    def configure(self, *, log_faults: bool = False, log_accesses: bool = False, stop_at_fault: bool = False) -> None:
-        """Choose what the log holds besides device accesses, guest faults and loads, and whether a guest #PF ends a replay."""
+    @staticmethod
+    def _checked_supply(supply: np.ndarray | None) -> np.ndarray:
+        try:
+            data = np.array([] if supply is None else supply, np.uint64)
+        except (OverflowError, TypeError, ValueError):
+            raise ValueError("supply: expected uint64 values") from None
+        if data.ndim != 1:
+            raise ValueError(f"supply: {data.ndim} dimensions, expected one")
+        return data
+
+    def configure(
+        self, *, log_faults: bool = False, log_accesses: bool = False, stop_at_fault: bool = False, keep_log: bool = True
+    ) -> None:
+        """Choose what a run tells.
+
+        Args:
+            log_faults: log each fault that exits to KVM, besides device accesses, guest #PFs and loads.
+            log_accesses: log where each access went.
+            stop_at_fault: a guest #PF ends the run, which names the event.
+            keep_log: False to keep only the first rows of the log: for long streams whose log nobody reads.
+        """
         word = self.vm.word
         word[VmWord.LOG_FAULTS], word[VmWord.LOG_ACCESSES], word[VmWord.STOP_AT_FAULT] = log_faults, log_accesses, stop_at_fault
-        word[VmWord.STOP_WHEN_FULL] = 1
+        word[VmWord.STOP_WHEN_FULL] = keep_log
 
     def counters(self) -> dict[str, int]:
         """KVM's counters and ours about the processor, by name, of the VM and all its vCPUs."""
@@ -272,19 +308,35 @@ class Machine:
         counters["max_mmu_page_hash_collisions"] = int(self.state.stat[:, Counter.MAX_MMU_PAGE_HASH_COLLISIONS].max())
         return counters
 
-    def report(self, slot: int) -> np.ndarray:
-        """What the last DIRTY_GET of the slot returned: bool[pages]. Before a DIRTY_CLEAR, `set_report` says what to clear."""
+    def _report_words(self, slot: int) -> tuple[np.ndarray, int]:
+        if slot not in self.slots:
+            raise ValueError(f"slot: {slot!r}, expected one of {sorted(self.slots)}")
         row = self._prepared[self.slots[slot].row]
-        words = self.vm.slot_words[int(row["report"]) : int(row["report"]) + -(-int(row["pages"]) // 64)]
-        return np.unpackbits(words.view(np.uint8), bitorder="little")[: int(row["pages"])].astype(bool)
+        start, pages = int(row["report"]), int(row["pages"])
+        return self.vm.slot_words[start : start - (-pages // 64)], pages
+
+    def report(self, slot: int) -> np.ndarray:
+        """What the last DIRTY_GET of the slot returned: bool[pages].
+
+        Raises:
+            ValueError: there is no such slot.
+        """
+        words, pages = self._report_words(slot)
+        return np.unpackbits(words.view(np.uint8), bitorder="little")[:pages].astype(bool)
 
     def set_report(self, slot: int, pages: np.ndarray) -> None:
-        """Name the pages, by number within the slot, that the next DIRTY_CLEAR clears."""
-        row = self._prepared[self.slots[slot].row]
-        bits = np.zeros(-(-int(row["pages"]) // 64) * 64, bool)
-        bits[pages] = True
-        start = int(row["report"])
-        self.vm.slot_words[start : start + len(bits) // 64] = np.packbits(bits, bitorder="little").view(np.uint64)
+        """Name the pages, by number within the slot, that the next DIRTY_CLEAR of it clears.
+
+        Raises:
+            ValueError: there is no such slot, or no such page.
+        """
+        words, count = self._report_words(slot)
+        numbers = np.asarray(pages)
+        if numbers.size and (numbers.ndim != 1 or numbers.dtype.kind not in "ui" or numbers.min() < 0 or numbers.max() >= count):
+            raise ValueError(f"pages of slot {slot}: expected numbers from 0 to {count - 1}")
+        bits = np.zeros(len(words) * 64, bool)
+        bits[numbers.astype(np.int64)] = True
+        words[:] = np.packbits(bits, bitorder="little").view(np.uint64)
 
     # --- checking what goes into it
 
@@ -338,36 +390,45 @@ class Machine:
         page = np.uint64(PAGE_SIZE - 1)
         span = (address & page != 0) | (value & page != 0) | (address >= value) | (value > PHYSICAL_LIMIT)
         refuse((op == Op.UNMAP) & span, "address", "a range of whole pages")
-        self._follow_slots(events, refuse)
+        self._check_slots(events)
 
-    def _follow_slots(self, events: np.ndarray, refuse: Callable) -> None:
+    def _check_slots(self, events: np.ndarray) -> None:
         """Follow memslots through the stream: ids must exist, slots must not overlap."""
         slots = dict(self.slots)
         for at in np.flatnonzero(np.isin(events["op"], SLOT_EVENTS)).tolist():
-            op, identity, value = (int(events[name][at]) for name in ("op", "address", "value"))
-            here = np.arange(len(events)) == at
+            op, identity, value = Op(int(events["op"][at])), int(events["address"][at]), int(events["value"][at])
+
+            def refuse(bad: bool, column: str, expected: str, at: int = at, op: Op = op) -> None:
+                if bad:
+                    raise ValueError(f"event {at}, {op.name}: {column} {int(events[column][at]):#x}, expected {expected}")
+
             if op == Op.SLOT_CREATE:
-                refuse(here & (value >= len(self._prepared)), "value", "a row of prepare_slot()")
+                refuse(value >= len(self._prepared), "value", "a row of prepare_slot()")
                 row = self._prepared[value]
                 start, end, identity = (int(row[name]) for name in ("start", "end", "id"))
                 clash = identity in slots or any(start < other.end and other.start < end for other in slots.values())
-                refuse(here & clash, "value", f"a free id and range; slot {identity} is taken or overlaps another")
+                refuse(clash, "value", f"a free id and range; slot {identity} is taken or overlaps another")
                 slots[identity] = MemslotInfo(start, end, int(row["flags"]), value)
                 continue
-            refuse(here & (identity not in slots), "address", "the id of a memslot")
+            refuse(identity not in slots, "address", "the id of a memslot")
+            old = slots[identity]
             if op == Op.SLOT_DELETE:
                 del slots[identity]
             elif op == Op.SLOT_FLAGS:
-                old = slots[identity]
-                refuse(
-                    here & ((value ^ old.flags) & ~int(SlotFlag.LOG_DIRTY_PAGES) != 0),
-                    "value",
-                    "no flag changed but LOG_DIRTY_PAGES",
-                )
+                refuse((value ^ old.flags) & ~int(SlotFlag.LOG_DIRTY_PAGES) != 0, "value", "no flag changed but LOG_DIRTY_PAGES")
                 slots[identity] = MemslotInfo(old.start, old.end, value, old.row)
             else:
-                refuse(here & (not slots[identity].flags & SlotFlag.LOG_DIRTY_PAGES), "address", "a memslot that logs dirty pages")
-        self.slots = slots
+                refuse(not old.flags & SlotFlag.LOG_DIRTY_PAGES, "address", "a memslot that logs dirty pages")
+
+    def _follow_slots(self) -> None:
+        """The memslots as the run left them."""
+        active = self.vm.mem.slots
+        active = active[active["start"] < active["end"]]
+        rows = {int(dirty): row for row, dirty in enumerate(self._prepared["dirty"])}
+        self.slots = {
+            int(slot["id"]): MemslotInfo(int(slot["start"]), int(slot["end"]), int(slot["flags"]), rows[int(slot["dirty"])])
+            for slot in active
+        }
 
 
 def is_canonical(gva: np.ndarray, width: int) -> np.ndarray:

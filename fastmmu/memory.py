@@ -111,6 +111,10 @@ class GuestMemory:
             row["start"], row["end"], row["kind"] = start, end, SlotKind[kind.upper()]
         self.state = MemoryState(self._words, self._halves, rows, np.int64(rows[0]["start"]), rows[0]["end"] - rows[0]["start"])
 
+    def clear(self, start: int, end: int) -> None:
+        """Make the pages of [start, end), bytes, zeros that cost no memory."""
+        self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def advise_huge(self, start: int, end: int) -> None:
         """Ask the host for huge pages under [start, end), bytes: fewer misses of the host's own TLB over large tables."""
         self._mapping.madvise(mmap.MADV_HUGEPAGE, start, end - start)

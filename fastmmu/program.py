@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastmmu.bits import PFERR
+from fastmmu.checks import WORD
 from fastmmu.events import EventList, Op
 
 R, W, X, USER = 0, int(PFERR.W), int(PFERR.F), int(PFERR.U)
@@ -17,18 +18,17 @@ FAULT_LOG, FAULT_LOG_ROW = 0x10000, 0x10040
 KERNEL_STACK = 0xA000  # top of the stack on which a fault from CPL 3 is delivered
 
 
-@dataclass
+@dataclass(frozen=True)
 class Program:
     """A guest step as events, with the events that deliver and handle a #PF; `op_of[i]` is the op that event i belongs to."""
 
     events: np.ndarray
-    op_of: list[int]
+    op_of: np.ndarray
     handler: np.ndarray
-    results: list[tuple[int, Any]] = field(default_factory=list)  # (op, value that it loaded; None when it faulted)
 
     def after_op(self, op: int) -> int:
         """Index of the first event of the op behind `op`."""
-        return next((i for i, number in enumerate(self.op_of) if number > op), len(self.op_of))
+        return int(np.searchsorted(self.op_of, op, side="right"))
 
 
 class Writer:
@@ -63,17 +63,24 @@ class Writer:
         self.touch(self.interpreter["jump_table"], R)
         self.touch(self.code, X)
 
-    def loop(self, name: str, start: int, stride: int, times: int) -> None:
-        """Rules 2 and 3."""
-        for i in range(times):
-            gva = start + i * stride
-            self.touch(self.code, X)
-            if name == "LOOPR":
-                self.data(Op.LOAD, gva, self.bytes)
-            elif name == "LOOPW":
-                self.data(Op.WRITE, gva, self.bytes, gva & ((1 << 8 * self.bytes) - 1))
-            else:
-                self.call(gva)
+    def loop(self, name: str, start: int, stride: int, times: int) -> np.ndarray:
+        """Rules 2 and 3, all iterations at once: the events of one, with the address of each."""
+        if start + stride * max(times - 1, 0) > WORD:
+            raise ValueError(f"{name} from {start:#x}, stride {stride:#x}, {times} times, expected addresses below 2^64")
+        once = Writer(self.step, self.interpreter, self.rows)
+        once.touch(self.code, X)
+        if name == "LOOPX":
+            once.call(0)
+        else:
+            once.data(Op.LOAD if name == "LOOPR" else Op.WRITE, 0, self.bytes)
+        pattern = once.events.array()
+        place = next(i for i in range(1, len(pattern)) if not pattern["address"][i])  # the event whose address is the loop's
+        events = np.tile(pattern, times)
+        gvas = np.uint64(start) + np.arange(times, dtype=np.uint64) * np.uint64(stride)
+        events["address"][place :: len(pattern)] = gvas
+        if name == "LOOPW":
+            events["value"][place :: len(pattern)] = gvas & np.uint64((1 << 8 * self.bytes) - 1)
+        return events
 
     def call(self, target: int) -> None:
         """Rule 3."""
@@ -81,13 +88,14 @@ class Writer:
         self.touch(target, X)
         self.touch(self.stack - 8, R)
 
-    def op(self, number: int, op: list[Any]) -> None:
-        """One op."""
+    def op(self, number: int, op: list[Any]) -> np.ndarray:
+        """One op, as events."""
         name, gva, *rest = op
+        self.events = EventList()
         self.fetch_command(number)
         if name.startswith("LOOP"):
-            self.loop(name, gva, *rest)
-        elif name == "EXEC":
+            return np.concatenate([self.events.array(), self.loop(name, gva, *rest)])
+        if name == "EXEC":
             self.call(gva)
             self.touch(self.code, X)
         elif name in ("R8", "R4"):
@@ -105,6 +113,14 @@ class Writer:
             self.events.add(Op.REGISTERS, value=self.rows[number])
         if name in ("R8", "R4", "CMPX"):
             self.touch(self.commands + 64 * number + 32, W)
+        return self.events.array()
+
+    def end(self, number: int) -> np.ndarray:
+        """Rule 5: one more command, then OUT to user space."""
+        self.events = EventList()
+        self.fetch_command(number)
+        self.events.add(Op.EXIT)
+        return self.events.array()
 
     def handler(self) -> np.ndarray:
         """Rule 6: delivery of a #PF, the guest's handler, IRET; all at CPL 0."""
@@ -122,13 +138,13 @@ class Writer:
 
 
 def write_program(step: dict[str, Any], interpreter: dict[str, int], rows: dict[int, int]) -> Program:
-    """The events of a guest step; `rows` gives, by op number, the machine's register row that a CR0 op loads."""
+    """The events of a guest step; `rows` gives, by op number, the machine's register row that a CR0 op loads.
+
+    Raises:
+        ValueError: an access beyond 2^64.
+    """
     writer = Writer(step, interpreter, rows)
-    op_of: list[int] = []
-    for number, op in enumerate(step["ops"]):
-        writer.op(number, op)
-        op_of += [number] * (len(writer.events) - len(op_of))
-    writer.fetch_command(len(step["ops"]))
-    writer.events.add(Op.EXIT)  # rule 5: OUT to user space
-    op_of += [len(step["ops"])] * (len(writer.events) - len(op_of))
-    return Program(writer.events.array(), op_of, writer.handler())
+    parts = [writer.op(number, op) for number, op in enumerate(step["ops"])]
+    parts.append(writer.end(len(parts)))
+    op_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return Program(np.concatenate(parts), op_of, writer.handler())

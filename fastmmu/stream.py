@@ -32,6 +32,7 @@ def machine_for(workload: Workload, kvm: Kvm, *, host_level: int = 1) -> Machine
         flags = SlotFlag.READONLY if kind == "rom" else 0
         events.add(Op.SLOT_CREATE, value=machine.prepare_slot(number, start, end - start, flags, host_level=host_level))
     machine.run(events.array())
+    machine.configure(keep_log=False)
     for gfn, words in workload.tables.items():
         machine.memory.words[gfn * 512 : gfn * 512 + 512] = words
     return machine

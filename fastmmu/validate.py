@@ -16,13 +16,16 @@ from fastmmu.machine_state import KVM_COUNTERS, REQUESTS, LogKind, Request, Slot
 from fastmmu.paging import Cpu
 from fastmmu.program import Program, write_program
 from fastmmu.trace.npz import TraceError
-from fastmmu.trace.scenario import Scenario
+from fastmmu.trace.scenario import TABLE_AREAS, Scenario
 
-TABLE_AREAS = ((0x100000, 0x600000), (0x600000, 0x6F0000))  # guest page tables, nested tables
 SMALLEST_MEMORY = 0x800000
 NOT_EXACT = {"slot": {"remote_tlb_flush_requests"}, "set_nr_mmu_pages": {"remote_tlb_flush_requests"}}
 """Counters that differed between boots of the measured kernel, by step (truth README section 5)."""
 HOST_LEVEL = {"4K": 1, "2M": 2, "1G": 3}
+PARAMETER_ON = (True, 1, "Y", "y", "1", "force", "on")
+PARAMETER_OFF = (False, 0, "N", "n", "0", "off", "auto")  # auto: no processor of AMD needs NX huge pages
+WITHOUT_EFFECT = ("tdp_mmu", "force_flush_and_sync_on_reuse", "nx_huge_pages_recovery_ratio", "nx_huge_pages_recovery_period_ms")
+"""Parameters that a running VM with a direct map does not look at; neither does KVM take nx_huge_pages=never while there is one."""
 NAMES = [counter.name.lower() for counter in KVM_COUNTERS]
 
 
@@ -115,7 +118,7 @@ class Replay:
 
     def do_slot(self, step: dict[str, Any]) -> None:
         """Create, change or delete a memslot."""
-        flags = sum(int(SlotFlag[name.removeprefix("KVM_MEM_")]) for name in step["flags"])
+        flags = sum({int(SlotFlag[name.removeprefix("KVM_MEM_")]) for name in step["flags"]})
         if step["change"] == "delete":
             self.event(Op.SLOT_DELETE, address=step["slot"])
         elif step["change"] == "flags":
@@ -127,7 +130,7 @@ class Replay:
             row = self.machine.prepare_slot(step["slot"], step["gpa"], step["size"], flags, host_level=level, hva_offset=offset)
             self.event(Op.SLOT_CREATE, value=row)
             if self.started:  # new host memory
-                self.machine.memory.words[step["gpa"] // 8 : (step["gpa"] + step["size"]) // 8] = 0
+                self.machine.memory.clear(step["gpa"], step["gpa"] + step["size"])
 
     def do_mode(self, step: dict[str, Any]) -> None:
         """KVM_SET_SREGS."""
@@ -151,12 +154,13 @@ class Replay:
     def do_param(self, step: dict[str, Any]) -> None:
         """A module parameter changes."""
         which = {"nx_huge_pages": VmWord.NX_HUGE_PAGES, "eager_page_split": VmWord.EAGER_PAGE_SPLIT}.get(step["name"])
-        if step["name"] == "tdp_mmu":
-            return  # looked at when a VM is made, and no more
+        if step["name"] in WITHOUT_EFFECT or (step["name"] == "nx_huge_pages" and step["value"] == "never"):
+            return
         if which is None:
             raise NotBuilt(f"parameter {step['name']} changed at run time")
-        on = step["value"] not in (False, 0, "0", "N", "n", "off", "never", "auto")  # auto: no processor of AMD needs them
-        self.event(Op.PARAMETER, address=which, value=int(on))
+        if step["value"] not in PARAMETER_ON + PARAMETER_OFF:
+            raise ValueError(f"value {step['value']!r}, expected one of {', '.join(map(str, PARAMETER_ON + PARAMETER_OFF))}")
+        self.event(Op.PARAMETER, address=which, value=int(step["value"] in PARAMETER_ON))
 
     def do_create_vcpu(self, step: dict[str, Any]) -> None:
         """A further vCPU: the machine has it already, but what was asked of all vCPUs before does not concern it."""
@@ -202,6 +206,10 @@ class Replay:
     def run_guest(self, step: dict[str, Any]) -> Seen:
         """The guest executes its list of ops; a #PF is delivered, handled, and the op skipped."""
         machine, seen = self.machine, Seen()
+        mode = self.registers.get(step["vcpu"], self.scenario.cpu)
+        for name in ("cpl", "cr0", "cr3"):
+            if step[name] != mode[name]:
+                raise ValueError(f"{name} {step[name]:#x}, expected {mode[name]:#x} as in the vCPU's mode")
         machine.run(EventList().add(Op.VCPU, value=step["vcpu"]).array())
         rows = {}
         for number, op in enumerate(step["ops"]):
@@ -209,16 +217,17 @@ class Replay:
                 rows[number] = machine.registers(self.cpu_of(self.registers.get(step["vcpu"], self.scenario.cpu), cr0=op[1]))
         program = write_program(step, self.scenario.interpreter, rows)
         supply = [data for kind, _, _, data in step.get("expect", {}).get("mmio", []) if kind == "R"]
-        first = 0
+        first, handled = 0, False
         while True:
             run = machine.run(program.events, first, supply=np.array(supply, np.uint64), checked=first > 0)
             reads = self.read_log(run.log, program, seen)
             supply = supply[reads:]
             if run.stop != Stop.GUEST_FAULT:
                 break
-            op = program.op_of[run.stopped]
+            op = int(program.op_of[run.stopped])
             seen.guest_pf.append((op, run.code, run.address, step["cpl"]))
-            self.read_log(machine.run(program.handler).log, program, seen)
+            self.read_log(machine.run(program.handler, checked=handled).log, program, seen)
+            handled = True
             first = program.after_op(op)
         for number, op in enumerate(step["ops"]):
             if op[0] in ("R8", "R4", "CMPX"):
@@ -235,7 +244,7 @@ class Replay:
             elif kind == LogKind.EXIT:
                 seen.faults.append((address, value))
             elif kind == LogKind.LOADED:
-                seen.results[program.op_of[event]] = value
+                seen.results[int(program.op_of[event])] = value
         return reads
 
 
@@ -273,7 +282,7 @@ def validate(scenario: Scenario, *, audited: bool = False) -> Validation:
     except NotBuilt:
         raise
     except ValueError as error:
-        raise TraceError(f"{scenario.name}: {error}") from None
+        raise TraceError(f"{scenario.source}: {error}") from None
     outcome = Validation(scenario.name, len(scenario.steps))
     machine = replay.machine
     for number, step in enumerate(scenario.steps):
@@ -291,7 +300,7 @@ def validate(scenario: Scenario, *, audited: bool = False) -> Validation:
         except NotBuilt:
             raise
         except ValueError as error:
-            raise TraceError(f"{scenario.name}: steps[{number}]: {error}") from None
+            raise TraceError(f"{scenario.source}: steps[{number}]: {error}") from None
         compare_step(outcome, number, step, replay, seen, before, tables)
     return outcome
 
@@ -321,6 +330,8 @@ def compare_step(
     if "bitmap" in expect:
         pages = np.unpackbits(np.frombuffer(expect["bitmap"], np.uint8), bitorder="little")[: step["pages"]].astype(bool)
         compare_bitmaps(outcome, number, pages, machine.report(step["slot"]))
+    if "count" in expect:
+        outcome.check(number, "dirty pages (count)", expect["count"], int(machine.report(step["slot"]).sum()))
     if step["do"] == "guest":
         compare_guest(outcome, number, step, seen)
         compare_tables(outcome, number, expect, machine.memory.words, tables)

@@ -7,22 +7,26 @@ extra and is not looked at.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastmmu.bits import CR0, PAGE_SIZE, PHYSICAL_LIMIT
-from fastmmu.checks import WORD
 from fastmmu.machine_state import KVM_COUNTERS
 from fastmmu.trace.npz import TraceError, first_line
 
 FORMAT = "kvm-truth/1"
 COUNTERS = frozenset(counter.name.lower() for counter in KVM_COUNTERS)
 LARGEST_COUNT = 1 << 32
+HEXADECIMAL = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9a-fA-F]{1,16}")
+LONGEST_SHOWN = 80  # characters of a value in a message
+LONGEST_BITMAP = 1 << 24  # bytes: 512 GiB of pages
 LONGEST_RUN = 1 << 26  # words
 SMALLEST_LIMIT = 64
-LONGEST_LOOPS = 1 << 22  # iterations in a step: the interpreter's accesses are built in Python
+LONGEST_LOOPS = 1 << 22  # iterations in a file
+TABLE_AREAS = ((0x100000, 0x600000), (0x600000, 0x6F0000))  # guest page tables, nested tables
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Scenario:
     """One scenario: numbers are ints, whatever the file writes them as; steps are dicts with the fields of the format."""
 
     name: str
+    source: str  # the path, for messages
     config: dict[str, Any]
     cpu: dict[str, Any]
     interpreter: dict[str, int]
@@ -41,7 +46,8 @@ class Wrong(Exception):
     """A value that is not what the format says: (where, what, expected)."""
 
     def __init__(self, where: str, what: object, expected: str) -> None:
-        super().__init__(f"{where}: {what!r}, expected {expected}" if where else f"{what!r}, expected {expected}")
+        shown = repr(what) if len(repr(what)) <= LONGEST_SHOWN else repr(what)[:LONGEST_SHOWN] + "…"
+        super().__init__(f"{where}: {shown}, expected {expected}" if where else f"{shown}, expected {expected}")
 
 
 Convert = Callable[[Any, str], Any]
@@ -49,13 +55,9 @@ Convert = Callable[[Any, str], Any]
 
 def address(value: Any, where: str) -> int:
     """A number written in hexadecimal."""
-    try:
-        number = int(value, 16) if isinstance(value, str) else -1
-    except ValueError:
-        number = -1
-    if not 0 <= number <= WORD:
+    if not isinstance(value, str) or not HEXADECIMAL.fullmatch(value):
         raise Wrong(where, value, "a hexadecimal string of up to 64 bits")
-    return number
+    return int(value, 16)
 
 
 def count(value: Any, where: str) -> int:
@@ -95,7 +97,7 @@ def one_of(*choices: Any) -> Convert:
     """One of some values."""
 
     def convert(value: Any, where: str) -> Any:
-        if value not in choices:
+        if not isinstance(value, type(choices[0])) or value not in choices:
             raise Wrong(where, value, "one of " + ", ".join(map(str, choices)))
         return value
 
@@ -163,9 +165,10 @@ def bitmap(value: Any, where: str) -> bytes:
     try:
         for token in text(value, where).split():
             part, _, times = token.partition("*")
-            out += bytes.fromhex(part) * int(times or 1)
-            if len(out) > LARGEST_COUNT >> 3:
+            more = bytes.fromhex(part)
+            if not more or len(out) + len(more) * int(times or 1) > LONGEST_BITMAP:
                 raise ValueError
+            out += more * int(times or 1)
     except ValueError:
         raise Wrong(where, value, "bytes in hexadecimal, X*N for N times X") from None
     return bytes(out)
@@ -192,7 +195,7 @@ OPS: dict[str, Convert] = {
 
 def operation(value: Any, where: str) -> list[Any]:
     """One op of the guest's program."""
-    if not isinstance(value, list) or not value or value[0] not in OPS:
+    if not isinstance(value, list) or not value or not isinstance(value[0], str) or value[0] not in OPS:
         raise Wrong(where, value, "an op: " + ", ".join(OPS))
     return OPS[value[0]](value, where)
 
@@ -201,7 +204,11 @@ REGS = fields({"rip": address, "rsp": address}, {"commands": address})
 GUEST = {"vcpu": count, "cpl": one_of(0, 3), "cr0": address, "cr3": address, "regs": REGS, "ops": listed(operation)}
 COUNTED = {"delta": counters, "abs": counters}
 GUEST_PF = listed(fields({"op": count, "err": address, "cr2": address, "cpl": count}, {"rip": address, "l2": anything}))
-GUEST_EXPECT = {"mmio": listed(row(one_of("R", "W"), address, count, address)), "guest_pf": GUEST_PF, "table_words": MEMORY}
+GUEST_EXPECT = {
+    "mmio": listed(row(one_of("R", "W"), address, one_of(*range(1, 9)), address)),
+    "guest_pf": GUEST_PF,
+    "table_words": MEMORY,
+}
 HOST = fields({"page": one_of("4K", "2M", "1G")}, {"how": text, "hva_minus_gpa_mod_2m": address, "hva_minus_gpa_mod_1g": address})
 SLOT_FLAGS = listed(one_of("KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_READONLY"))
 SLOT = {"change": one_of("create", "flags", "delete"), "slot": count, "gpa": address, "size": address, "flags": SLOT_FLAGS}
@@ -227,7 +234,7 @@ STEPS: dict[str, tuple[dict[str, Convert], dict[str, Convert], dict[str, Convert
 def step(value: Any, where: str) -> dict[str, Any]:
     """One step, by the table above."""
     kind = value.get("do") if isinstance(value, dict) else None
-    if kind not in STEPS:
+    if not isinstance(kind, str) or kind not in STEPS:
         raise Wrong(where, kind, "a step: " + ", ".join(STEPS))
     needed, more, expect = STEPS[kind]
     common = {"do": text, "name": text, "info": anything, "expect": fields({}, {**COUNTED, **expect})}
@@ -270,20 +277,25 @@ def load_scenario(path: str | Path) -> Scenario:
 
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        fail(getattr(error, "strerror", None) or first_line(error))
+    except OSError as error:
+        fail(error.strerror or first_line(error))
+    except UnicodeDecodeError:
+        fail(f"no text, expected a {FORMAT} document")
     except (ValueError, RecursionError) as error:
         fail(f"not JSON ({first_line(error)}), expected a {FORMAT} document")
     try:
         checked = DOCUMENT(document, "")
         for i, one in enumerate(checked["steps"]):
             check_step(one, f"steps[{i}]")
+        loops = sum(op[3] for one in checked["steps"] for op in one.get("ops", []) if op[0].startswith("LOOP"))
+        if loops > LONGEST_LOOPS:
+            raise Wrong("steps", f"{loops:,} iterations of loops", f"at most {LONGEST_LOOPS:,} in a file")
         for run in checked["memory"]:
             check_run(run, "memory")
     except Wrong as error:
         fail(first_line(error))
     return Scenario(
-        path.name.removesuffix(".json"), *(checked[name] for name in ("config", "cpu", "interpreter", "memory", "steps"))
+        path.name.removesuffix(".json"), str(path), *(checked[name] for name in ("config", "cpu", "interpreter", "memory", "steps"))
     )
 
 
@@ -314,9 +326,11 @@ def check_step(one: dict[str, Any], where: str) -> None:
     elif kind == "set_nr_mmu_pages" and one["n"] < SMALLEST_LIMIT:
         raise Wrong(f"{where}.n", one["n"], f"at least {SMALLEST_LIMIT}: KVM refuses less")
     elif kind == "guest":
-        loops = sum(op[3] for op in one["ops"] if op[0].startswith("LOOP"))
-        if loops > LONGEST_LOOPS:
-            raise Wrong(f"{where}.ops", f"{loops:,} iterations", f"at most {LONGEST_LOOPS:,} in a step")
+        for run in one.get("expect", {}).get("table_words", []):
+            check_run(run, f"{where}.expect.table_words")
+            last = run["gpa"] + max(run["count"] - 1, 0) * run.get("stride", 8)
+            if not any(start <= run["gpa"] and last < end for start, end in TABLE_AREAS):
+                raise Wrong(f"{where}.expect.table_words", hex(run["gpa"]), "words of the table areas")
         if ("commands" in one["regs"]) != bool(one["cr0"] & int(CR0.PG)):
             raise Wrong(f"{where}.regs", sorted(one["regs"]), "commands exactly where the guest pages")
         if "commands" not in one["regs"] and any(op[0] not in ("LOOPR", "LOOPW") for op in one["ops"]):
