@@ -5,6 +5,7 @@ from fastmmu.events import EventList, Op
 from fastmmu.explain import explain
 from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine, MachineError, NotBuilt
+from fastmmu.machine_state import LogKind, SlotFlag, Stop
 from fastmmu.memory import GuestMemory
 from fastmmu.paging import Cpu
 from fastmmu.processor import GeneralProtection
@@ -32,11 +33,14 @@ __all__ = [
     "GeneralProtection",
     "GuestMemory",
     "Kvm",
+    "LogKind",
     "Machine",
     "MachineError",
     "NotBuilt",
     "Op",
     "ReplayError",
+    "SlotFlag",
+    "Stop",
     "TraceError",
     "Translation",
     "Translations",

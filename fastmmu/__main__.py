@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     command = subparsers.add_parser("validate", help="replay scenario files and compare with what a real KVM counted")
     command.set_defaults(run=commands.validate_command)
-    command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a kvm-truth/1 scenario (docs/kvm.md)")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a kvm-truth/1 scenario (docs/scenario-format.md)")
     command.add_argument("--audit", action="store_true", help="check the whole state after each step")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

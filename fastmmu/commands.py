@@ -86,7 +86,10 @@ def validate_command(args: argparse.Namespace) -> int:
 
 def print_validations(outcomes: list[Validation]) -> None:
     """The table, and under it each value that differs."""
-    table = Table("scenario", "steps", "values compared", "differ")
+    sets, ways = Kvm().tlb
+    table = Table(
+        "scenario", "steps", "values compared", "differ", caption=f"TLB of {sets} sets by {ways} ways, emptied at each exit"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     out = Console(highlight=False)
@@ -119,10 +122,12 @@ def replay_command(args: argparse.Namespace) -> int:
             return DIFFERS
     counters = {name: value for name, value in machine.counters().items() if value}
     if args.json:
-        print(json.dumps({"stream": workload.name, "mmu": args.mmu, "tlb": args.tlb, "counters": counters}))
+        how = {name: getattr(args, name) for name in ("mmu", "host_page", "tlb", "ept", "nx_huge_pages", "records")}
+        print(json.dumps({"stream": workload.name, **how, "counters": counters}))
         return EQUAL
     sets, ways = args.tlb
-    title = f"{workload.name}: {args.mmu}, {args.host_page.upper()} host pages, TLB of {sets} sets by {ways} ways"
+    more = ", EPT" * args.ept + ", NX huge pages" * args.nx_huge_pages
+    title = f"{workload.name}: {args.mmu}{more}, {args.host_page.upper()} host pages, TLB of {sets} sets by {ways} ways"
     table = Table("counter", "value", title=title)
     table.columns[1].justify = "right"
     for name, value in counters.items():

@@ -26,7 +26,7 @@ MEMSLOT = np.dtype([
     ("id", np.uint64),
     ("flags", np.uint64),  # SlotFlag bits
     ("host_level", np.uint64),  # level at which the host itself maps the memory
-    ("dirty", np.uint64),  # where its words begin in `VmState.slot_words`: the dirty bitmap,
+    ("dirty", np.uint64),  # where its words begin in `KvmState.slot_words`: the dirty bitmap,
     ("written", np.uint64),  # what was written since it was last reported (for the audit),
     ("report", np.uint64),  # the bitmap that a DIRTY_GET returns, or a DIRTY_CLEAR takes,
     ("disallow", np.uint64, 4),  # by level: counts of reasons against a huge page, one word each huge frame,

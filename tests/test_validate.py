@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from fastmmu.machine import NotBuilt
 from fastmmu.trace.scenario import load_scenario
@@ -39,6 +40,13 @@ def test_faults_come_in_the_recorded_order(truth: Path, name: str) -> None:
         if "faults" in raw.get("info", {}):
             runs = [(int(a, 16), int(s, 16), n, int(code, 16)) for a, s, n, code in raw["info"]["faults"]]
             assert seen.faults == [(a + i * s, code) for a, s, n, code in runs for i in range(n)]
+
+
+def test_the_example_that_is_shipped() -> None:
+    (path,) = (ROOT / "examples").glob("*.json")
+    outcome = validate(load_scenario(path), audited=True)
+    assert outcome.compared > 1000
+    assert not outcome.differ
 
 
 def test_what_is_not_built_is_named(truth: Path) -> None:
