@@ -155,8 +155,8 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     head = ("mmu / page / fault", "cost over the walk", "ns", "million faults per second", "pages_4k", "pf_fast", "flushes")
     note = (
         "KVM's part of a fault, from the exit to the entry (no TLB is involved), one vCPU, addresses in random order: 4k: one page "
-        "in eight of 1 GiB (the legacy map takes its seven neighbours along on first touch); 2m: 16 GiB of 2 MiB host pages, whose write-protected "
-        "ones give way to 4 KiB. The walk is of the same sptes for the same addresses."
+        "in eight of 1 GiB (the legacy map takes its seven neighbours along on first touch); 2m: 16 GiB of 2 MiB host pages, whose "
+        "write-protected ones give way to 4 KiB. The walk is of the same sptes for the same addresses."
     )
     return [Table("page faults", head, rows, note)] if rows else []
 
