@@ -269,7 +269,7 @@ def add_leaf(slot_words, stat, slot, index, gfn, level):
     count_leaf(stat, level, 1)
 
 
-@inner
+@inner(inline=True)
 def prefetch_neighbours(vm, vcpu, index):
     """Map the free entries of the aligned eight around a new leaf, run by run from the lowest up (truth README section 6).
 

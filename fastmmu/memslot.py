@@ -84,6 +84,8 @@ def note_write(vm, vcpu, gpa):
 @inner
 def max_mapping_level(vm, slot, gfn, level):
     """Highest level, up to `level`, at which the frame may be mapped: by the slot's bounds and by the host (facts 5.9.3)."""
+    if slot["host_level"] == ONE:
+        return ONE
     while level > ONE:
         shift = INDEX_BITS * (level - ONE)
         if vm.slot_words[slot["disallow"][level] + (gfn >> shift) - (slot["base"] >> shift)] == ZERO:
