@@ -166,7 +166,7 @@ def make_child(vm, vcpu, index, level, gfn, disallowed, requested):
     if vm.word[VmWord.TDP_MMU] != ZERO:
         if is_present(vm.spt[index]):
             zap_huge(vm, vcpu.stat, index, level)
-        return link_table(vm, vcpu.stat, index, level, gfn, disallowed, disallowed and requested >= level)
+        return link_table(vm, vcpu.stat, index, level, gfn, disallowed and requested >= level)
     child = get_shadow_page(vm, vcpu.stat, frame_at(gfn, level), level - ONE)
     if child == NO_TABLE:
         return child
@@ -174,11 +174,9 @@ def make_child(vm, vcpu, index, level, gfn, disallowed, requested):
         drop_leaf(vm, vcpu.stat, index)
         flush_remote(vm.word, vcpu.stat)
     link(vm, index, child)
-    if disallowed and vm.word[VmWord.TDP] != ZERO:
-        vm.page[child]["nx_disallowed"] = YES
-        if requested >= level and vm.page[child]["nx_split"] != YES:
-            vm.page[child]["nx_split"] = YES
-            count(vcpu.stat, Counter.NX_LPAGE_SPLITS)
+    if disallowed and requested >= level and vm.word[VmWord.TDP] != ZERO and vm.page[child]["nx_split"] != YES:
+        vm.page[child]["nx_split"] = YES
+        count(vcpu.stat, Counter.NX_LPAGE_SPLITS)
     return child
 
 

@@ -188,9 +188,8 @@ SHADOW_PAGE = np.dtype([
     ("newer", np.uint32),
     ("level", np.uint8),
     ("generation", np.uint8),  # VALID_GENERATION when it was made
-    ("nx_split", np.uint8),  # counted in nx_lpage_splits
-    ("nx_disallowed", np.uint8),  # made because a fetch may not use a huge page
-])  # fmt: skip
+    ("nx_split", np.uint8),  # counted in nx_lpage_splits: a fetch may not use the huge page that could stand here
+], align=True)  # fmt: skip
 """What KVM knows of one table of sptes, shadow page or table of the TDP MMU (facts 5.11)."""
 
 

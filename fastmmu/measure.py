@@ -27,7 +27,7 @@ def fault_column(vm, vcpus, gpas, pferr):
 
 @kernel
 def walk_spte_column(vm, vcpus, gpas, access):
-    """Walk the sptes for one address after another; returns how many are mapped, and adds up nothing else."""
+    """Walk the sptes for one address after another: (how many are mapped, xor of their frames)."""
     vcpu = vcpu_of(vcpus, ZERO)
     mapped = 0
     total = ZERO

@@ -74,7 +74,7 @@ def allocate(vm, gfn, level):
     page["role"] = np.uint32(level)
     page["roots"] = page["next"] = page["older"] = page["newer"] = NONE
     page["generation"] = word[VmWord.VALID_GENERATION]
-    page["nx_split"] = page["nx_disallowed"] = NO
+    page["nx_split"] = NO
     return table
 
 

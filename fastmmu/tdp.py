@@ -193,7 +193,7 @@ def split_range(vm, stat, start, end):
 
 
 @inner
-def link_table(vm, stat, index, level, gfn, nx_disallowed, nx_split):
+def link_table(vm, stat, index, level, gfn, nx_split):
     """Put an empty table under the entry at `index`, in place of nothing or of an MMIO spte; NO_TABLE without a free one."""
     table = allocate(vm, frame_at(gfn, level), level - ONE)
     if table == NO_TABLE:
@@ -201,7 +201,6 @@ def link_table(vm, stat, index, level, gfn, nx_disallowed, nx_split):
     vm.spt[index] = make_table(vm.word, table)
     page = vm.page[table]
     page["parent"] = index
-    page["nx_disallowed"] = nx_disallowed
     page["nx_split"] = nx_split
     if nx_split:
         count(stat, Counter.NX_LPAGE_SPLITS)
