@@ -1,6 +1,7 @@
 """fastmmu: an exact, fast, executable model of KVM's x86 MMU."""
 
-from fastmmu.audit import AuditError, audit
+from fastmmu.audit import audit
+from fastmmu.audit_state import AuditError
 from fastmmu.events import EventList, Op
 from fastmmu.explain import explain
 from fastmmu.kvm import Kvm

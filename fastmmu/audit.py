@@ -7,73 +7,18 @@ first that is broken is raised, with the place. Rules follow facts 3.1 (sptes), 
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import numpy as np
 
-from fastmmu.bits import GPTE64, MMIO_SPTE, NPT_SPTE, ROLE
+from fastmmu.audit_shadow import check_indirect, check_rmap, check_shadow_pages
+from fastmmu.audit_state import State, fail, must, spte_list
+from fastmmu.bits import ACC, GPTE64, MMIO_SPTE, NPT_SPTE
+from fastmmu.hardware import FOUR_ROOTS
 from fastmmu.machine import Machine
-from fastmmu.machine_state import HASH_BUCKETS, REQUESTS, TABLE_WORDS, Request, SlotFlag, VcpuWord, VmWord
-from fastmmu.tlb import DIRTY, EPOCH_SHIFT, EXECUTE
+from fastmmu.machine_state import PREVIOUS_ROOTS, REQUESTS, TABLE_WORDS, Request, SlotFlag, VcpuWord, VmWord
+from fastmmu.tlb import DIRTY, EPOCH_SHIFT, EXECUTE, PAGE_NUMBER
 
 PAGE_COUNTERS = {1: "pages_4k", 2: "pages_2m", 3: "pages_1g"}
 FLUSHING = int(Request.TLB_FLUSH | Request.TLB_FLUSH_CURRENT | Request.LOAD_ROOT | Request.FREE_OBSOLETE_ROOTS)
-
-
-class AuditError(AssertionError):
-    """The state does not hold together; the message names the rule and the place."""
-
-
-def fail(rule: str, where: object) -> NoReturn:
-    """Raise the first broken rule."""
-    raise AuditError(f"{rule}: {where}")
-
-
-def must(true: np.ndarray, rule: str, where: np.ndarray) -> None:
-    """Every element is true; else the first place where it is not."""
-    if not true.all():
-        fail(rule, hex(int(where[~true].reshape(-1)[0])))
-
-
-class State:
-    """A machine's tables, decoded: one row for each table in use, one column for each entry."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine, vm = machine, machine.vm
-        self.word = vm.word
-        used = np.arange(int(self.word[VmWord.FRESH_TABLE]))
-        self.rows = used[vm.page["role"][: len(used)] != 0]
-        self.page = vm.page[self.rows]
-        self.level = self.page["level"].astype(np.uint64)[:, None]
-        self.index = self.rows.astype(np.uint64)[:, None] * np.uint64(TABLE_WORDS) + np.arange(TABLE_WORDS, dtype=np.uint64)
-        self.spte = vm.spt.reshape(-1, TABLE_WORDS)[self.rows]
-        self.present = self.spte & NPT_SPTE.MMU_PRESENT != 0
-        last = (self.level == 1) | (self.spte & NPT_SPTE.PS != 0)
-        self.leaf, self.table = self.present & last, self.present & ~last
-        self.pages = np.uint64(1) << (np.uint64(9) * (self.level - np.uint64(1)))
-        self.gfn = self.page["gfn"][:, None] + np.arange(TABLE_WORDS, dtype=np.uint64) * self.pages
-        self.pfn = (self.spte & NPT_SPTE.ADDR) >> np.uint64(12)
-        self.direct = self.word[VmWord.TDP_MMU] == 0
-        slots = vm.mem.slots
-        self.slots = slots[slots["start"] < slots["end"]]
-
-    def has(self, which: VmWord) -> np.ndarray:
-        """Whether each entry has all bits of a mask, and the mask is not empty."""
-        mask = self.word[which]
-        return (self.spte & mask == mask) & (mask != 0)
-
-    def slot_of(self, gfn: np.ndarray) -> np.ndarray:
-        """Row in `slots` of the memslot that holds each gfn, -1 for none."""
-        found = np.full(gfn.shape, -1)
-        for i, slot in enumerate(self.slots):
-            found[(slot["base"] <= gfn) & (gfn < slot["base"] + slot["pages"])] = i
-        return found
-
-    def bitmap(self, slot: np.void, name: str) -> np.ndarray:
-        """One of a slot's bitmaps, bool by page."""
-        start, pages = int(slot[name]), int(slot["pages"])
-        words = self.machine.vm.slot_words[start : start - (-pages // 64)]
-        return np.unpackbits(words.view(np.uint8), bitorder="little")[:pages].astype(bool)
 
 
 def audit(machine: Machine) -> None:
@@ -88,9 +33,10 @@ def audit(machine: Machine) -> None:
     check_links(state)
     check_leaves(state)
     check_mmio(state)
-    if state.direct:
+    if state.shadow:
         check_shadow_pages(state)
         check_rmap(state)
+        check_indirect(state)
     check_roots(state)
     check_dirty_log(state)
     for vcpu in range(machine.vcpus):
@@ -120,26 +66,26 @@ def check_counts(state: State) -> None:
 
 
 def check_links(state: State) -> None:
-    """A non-leaf entry points to a table in use, of the level below and of the same frame, which points back."""
+    """A non-leaf entry points to a table in use, of the level below, which points back; a direct one to a table of its frame."""
     pages = state.machine.vm.page
     target = state.pfn[state.table].astype(np.int64)
     level = np.broadcast_to(state.level, state.spte.shape)[state.table]
     where = state.index[state.table]
     must(np.isin(target, state.rows), "entry points to a table that is not in use, spte", where)
     must(pages["level"][target] == level - np.uint64(1), "entry points to a table of another level, spte", where)
-    must(pages["gfn"][target] == state.gfn[state.table], "entry points to a table of another frame, spte", where)
-    must(pages["parent"][target] == where, "table does not point back to its parent, spte", where)
-    parents = state.page["parent"]
-    has_parent = parents != 0
-    linked = state.machine.vm.spt[parents[has_parent].astype(np.int64)]
+    direct = ~state.indirect[state.table]
     must(
-        (linked & NPT_SPTE.ADDR) >> np.uint64(12) == state.rows[has_parent],
-        "parent does not point to its table",
-        state.rows[has_parent],
+        pages["gfn"][target[direct]] == state.gfn[state.table][direct],
+        "entry points to a table of another frame, spte",
+        where[direct],
     )
-    if not state.direct:
+    parents = [(index, row) for row in state.rows.tolist() for index in spte_list(state.machine, int(pages["parents"][row]))]
+    expected = sorted(zip(where.tolist(), target.tolist(), strict=True))
+    if sorted(parents) != expected:
+        fail("lists of parents and entries that point to tables differ, (spte, table)", sorted(set(parents) ^ set(expected))[:1])
+    if not state.shadow:
         is_root = state.page["level"] == state.word[VmWord.ROOT_LEVEL]
-        must(has_parent | is_root, "table of the TDP MMU without a parent", state.rows)
+        must((state.page["parents"] != 0) | is_root, "table of the TDP MMU without a parent", state.rows)
 
 
 def check_leaves(state: State) -> None:
@@ -162,7 +108,11 @@ def check_leaves(state: State) -> None:
     must(readonly | host, "no HOST_WRITABLE in a writable memslot, spte", where)
     executable = state.spte[leaf] & (state.word[VmWord.EXECUTE] | state.word[VmWord.NO_EXECUTE]) == state.word[VmWord.EXECUTE]
     huge_nx = (level > 1) & (state.word[VmWord.NX_HUGE_PAGES] != 0)
-    must(executable != huge_nx, "executable under NX huge pages, or not executable without, spte", where)
+    access = state.access[leaf]
+    wanted = (access & ACC.X != 0) & ~huge_nx
+    must(executable == wanted, "executable under NX huge pages or against the guest, or not executable without reason, spte", where)
+    must((access & ACC.W != 0) | ~writable, "writable against the guest, spte", where)
+    must((access & ACC.U != 0) == state.has(VmWord.USER)[leaf], "for the user against the guest, or not although, spte", where)
 
 
 def check_mmio(state: State) -> None:
@@ -173,73 +123,30 @@ def check_mmio(state: State) -> None:
     must((np.broadcast_to(state.level, state.spte.shape) == 1)[mmio], "MMIO spte above 4 KiB, spte", state.index[mmio])
     spte = state.spte[mmio]
     frame = (spte & NPT_SPTE.ADDR & ~state.word[VmWord.MMIO_VALUE]) >> np.uint64(12)
-    must(frame == state.gfn[mmio], "MMIO spte of another frame, spte", state.index[mmio])
+    direct = ~state.indirect[mmio]
+    must((frame == state.gfn[mmio])[direct], "MMIO spte of another frame, spte", state.index[mmio][direct])
     low, high = (spte & MMIO_SPTE.GENERATION_LOW) >> np.uint64(3), (spte & MMIO_SPTE.GENERATION_HIGH) >> np.uint64(52)
     today = (low | high << np.uint64(8)) == state.word[VmWord.GENERATION] & MMIO_SPTE.GENERATION
     must((state.slot_of(frame) < 0)[today], "MMIO spte of a frame that a memslot holds, spte", state.index[mmio][today])
 
 
-def check_shadow_pages(state: State) -> None:
-    """Each shadow page is counted, in its hash bucket, and on the list by age unless it is a root that was zapped."""
-    pages, word = state.machine.vm.page, state.word
-    if len(state.rows) != int(word[VmWord.USED_PAGES]):
-        fail("shadow pages", f"{len(state.rows)}, counted {int(word[VmWord.USED_PAGES])}")
-    hashed = []
-    for bucket in range(HASH_BUCKETS):
-        table = int(word[VmWord.HASH + bucket])
-        while table:
-            if int(pages[table]["gfn"]) * 0x61C8864680B583EB % 2**64 >> 52 != bucket:
-                fail("shadow page in another hash bucket, table", table)
-            hashed.append(table)
-            table = int(pages[table]["next"])
-    if sorted(hashed) != state.rows.tolist():
-        fail("shadow pages in the hash", f"{len(hashed)} of {len(state.rows)}")
-    listed, table, younger = [], int(word[VmWord.NEWEST]), 0
-    while table:
-        if int(pages[table]["newer"]) != younger:
-            fail("list of shadow pages does not point back, table", table)
-        listed.append(table)
-        younger, table = table, int(pages[table]["older"])
-    invalid = state.page["role"] & np.uint32(ROLE.INVALID) != 0
-    if sorted(listed) != state.rows[~invalid].tolist():
-        fail("shadow pages on the list", f"{len(listed)} of {int((~invalid).sum())}")
-    obsolete = state.page["generation"] != word[VmWord.VALID_GENERATION]
-    must(~obsolete | invalid, "shadow page left over from before everything was zapped, table", state.rows)
-    must(~invalid | (state.page["roots"] > 0), "zapped shadow page that is nobody's root, table", state.rows)
-
-
-def check_rmap(state: State) -> None:
-    """Each leaf stands in its memslot's reverse map, and nothing else does."""
-    expected = np.zeros(state.machine.slot_words_used, np.uint64)
-    gfn, slot = state.gfn[state.leaf], state.slot_of(state.gfn[state.leaf])
-    level = np.broadcast_to(state.level, state.spte.shape)[state.leaf]
-    shift = np.uint64(9) * (level - np.uint64(1))
-    rows = state.slots[slot]
-    at = rows["rmap"][np.arange(len(rows)), level.astype(np.int64)] + (gfn >> shift) - (rows["base"] >> shift)
-    expected[at.astype(np.int64)] = state.index[state.leaf]
-    for one in state.slots:
-        for height in (1, 2, 3):
-            shift = 9 * (height - 1)
-            base, pages = int(one["base"]), int(one["pages"])
-            start, frames = int(one["rmap"][height]), ((base + pages - 1) >> shift) - (base >> shift) + 1
-            ours = state.machine.vm.slot_words[start : start + frames]
-            must(
-                ours == expected[start : start + frames],
-                f"reverse map of memslot {int(one['id'])}, level {height}, word",
-                np.arange(frames),
-            )
-
-
 def check_roots(state: State) -> None:
-    """Each root is held by as many vCPUs as it counts."""
+    """Each root is held by vCPUs as many times as it counts."""
     own = state.machine.state.own
     held = np.zeros(len(state.machine.vm.page), np.int64)
-    pae = state.word[VmWord.ROOT_LEVEL] == 2
-    for vcpu in own[own[:, VcpuWord.ROOT] != 0]:
-        for root in vcpu[VcpuWord.PAE_ROOT : VcpuWord.PAE_ROOT + 4] if pae else vcpu[[VcpuWord.ROOT]]:
-            held[int(root)] += 1
+    for vcpu in own:
+        kept = vcpu[VcpuWord.PREVIOUS_ROOT : VcpuWord.PREVIOUS_ROOT + PREVIOUS_ROOTS].tolist()
+        for root in roots_of(vcpu) + kept:
+            held[root] += root != 0
     must(held[state.rows] == state.page["roots"], "vCPUs that hold a root are not as many as it counts, table", state.rows)
     must(held[state.rows].astype(bool) | (np.delete(held, state.rows).sum() == 0), "a root that is not in use", state.rows)
+
+
+def roots_of(vcpu: np.ndarray) -> list[int]:
+    """The tables in which a vCPU's walks begin, 0 for none."""
+    if int(vcpu[VcpuWord.ROOT]) == FOUR_ROOTS:
+        return vcpu[VcpuWord.PAE_ROOT : VcpuWord.PAE_ROOT + 4].tolist()
+    return [int(vcpu[VcpuWord.ROOT])]
 
 
 def check_dirty_log(state: State) -> None:
@@ -269,12 +176,19 @@ def check_tlb(state: State, vcpu: int) -> None:
     if int(word[REQUESTS + vcpu]) & FLUSHING or not machine.state.own[vcpu, VcpuWord.ROOT]:
         return
     entries, epoch = machine.state.tlb[vcpu, :-1].reshape(-1, 2), machine.state.tlb[vcpu, -1, 0, 0]
-    entries = entries[entries[:, 0] >> EPOCH_SHIFT == epoch, 1]
-    for entry in entries.tolist():
+    entries = entries[entries[:, 0] >> EPOCH_SHIFT == epoch]
+    by_gva = word[VmWord.TDP] == 0
+    for tag, entry in entries.tolist():
         gfn = (entry & int(GPTE64.ADDR)) >> 12
-        spte = lookup(state, vcpu, gfn)
+        page = tag & int(PAGE_NUMBER) if by_gva else gfn
+        spte, level = lookup(state, vcpu, page)
         if not spte & int(NPT_SPTE.MMU_PRESENT):
             fail(f"vCPU {vcpu}: TLB entry of a frame that is not mapped, gfn", hex(gfn))
+        inside = (1 << 9 * (level - 1)) - 1
+        if by_gva and (spte & int(NPT_SPTE.ADDR)) >> 12 != gfn & ~inside:
+            fail(f"vCPU {vcpu}: TLB entry of another frame than the spte's, gfn", hex(gfn))
+        if by_gva and entry & int(ACC.U) and not spte & int(NPT_SPTE.U):
+            fail(f"vCPU {vcpu}: TLB entry for the user, spte not, gfn", hex(gfn))
         if entry & int(DIRTY) and not spte & int(NPT_SPTE.W):
             fail(f"vCPU {vcpu}: TLB entry writable, spte not, gfn", hex(gfn))
         masks = int(word[VmWord.EXECUTE] | word[VmWord.NO_EXECUTE])
@@ -282,12 +196,14 @@ def check_tlb(state: State, vcpu: int) -> None:
             fail(f"vCPU {vcpu}: TLB entry executable, spte not, gfn", hex(gfn))
 
 
-def lookup(state: State, vcpu: int, gfn: int) -> int:
-    """The lowest entry for `gfn`, by the tables that the vCPU walks."""
-    own, level = state.machine.state.own[vcpu], int(state.word[VmWord.ROOT_LEVEL])
-    table = int(own[VcpuWord.ROOT]) if level != 2 else int(own[VcpuWord.PAE_ROOT + (gfn >> 18 & 3)])
-    while True:
-        spte = int(state.machine.vm.spt[table * TABLE_WORDS + (gfn >> 9 * (level - 1)) % TABLE_WORDS])
+def lookup(state: State, vcpu: int, page: int) -> tuple[int, int]:
+    """The lowest entry for a page number, and its level, by the tables that the vCPU walks."""
+    own = state.machine.state.own[vcpu]
+    level, roots = int(own[VcpuWord.ROOT_LEVEL]), roots_of(own)
+    table = roots[page >> 18 & 3] if len(roots) == 4 else roots[0]
+    while table:
+        spte = int(state.machine.vm.spt[table * TABLE_WORDS + (page >> 9 * (level - 1)) % TABLE_WORDS])
         if not spte & int(NPT_SPTE.MMU_PRESENT) or level == 1 or spte & int(NPT_SPTE.PS):
-            return spte
+            return spte, level
         table, level = (spte & int(NPT_SPTE.ADDR)) >> 12, level - 1
+    return 0, level

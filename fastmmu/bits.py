@@ -137,14 +137,18 @@ class MmioSpte(NamedTuple):
 
 
 class Role(NamedTuple):
-    """The role of a shadow page, as much as the direct maps use (facts 5.11)."""
+    """The role of a shadow page (facts 5.11): with the gfn, what a shadow page is found by."""
 
     LEVEL: np.uint64 = field(3, 0)
+    FOUR_BYTE_GPTE: np.uint64 = bit(4)
+    QUADRANT: np.uint64 = field(6, 5)  # which part of a 32-bit guest's table: it has twice as many entries
     DIRECT: np.uint64 = bit(7)
     ACCESS: np.uint64 = field(10, 8)
     INVALID: np.uint64 = bit(11)
     EFER_NX: np.uint64 = bit(12)
     CR0_WP: np.uint64 = bit(13)
+    SMEP_ANDNOT_WP: np.uint64 = bit(14)
+    SMAP_ANDNOT_WP: np.uint64 = bit(15)
     AD_DISABLED: np.uint64 = bit(16)
 
 
@@ -157,6 +161,13 @@ class Cr0(NamedTuple):
     PE: np.uint64 = bit(0)
     WP: np.uint64 = bit(16)
     PG: np.uint64 = bit(31)
+
+
+class Cr3(NamedTuple):
+    """Control register 3, beside the table's address."""
+
+    PCID: np.uint64 = field(11, 0)
+    NO_FLUSH: np.uint64 = bit(63)  # of a load with CR4.PCIDE: keep what is remembered of the address space
 
 
 class Cr4(NamedTuple):
@@ -187,7 +198,7 @@ class Rflags(NamedTuple):
     AC: np.uint64 = bit(18)
 
 
-CR0, CR4, EFER, RFLAGS = Cr0(), Cr4(), Efer(), Rflags()
+CR0, CR3, CR4, EFER, RFLAGS = Cr0(), Cr3(), Cr4(), Efer(), Rflags()
 
 GENERATION_UPDATING = bit(63)  # of a memslot generation: an update is in progress (facts 3.4.5)
 

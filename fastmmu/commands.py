@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastmmu._jit import JIT
-from fastmmu.audit import AuditError
+from fastmmu.audit_state import AuditError
 from fastmmu.explain import explain
 from fastmmu.kvm import Kvm
 from fastmmu.machine import MachineError, NotBuilt

@@ -9,12 +9,12 @@ from fastmmu.bits import NPT_SPTE, ONE, ZERO
 from fastmmu.hardware import drain_pml
 from fastmmu.machine_state import VmWord
 from fastmmu.memslot import WORD_BITS, max_mapping_level
-from fastmmu.shadow import drop_leaf, flush_remote, rmap_index
+from fastmmu.pool import DIRECT, NONE, flush_remote
+from fastmmu.rmap import MAX_HUGE_LEVEL, after, at_cursor, clear_rmap_bits, drop_leaf, first, rmap_index
 from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.tdp import clear_bits, clear_bits_of_mask, set_spte, split_range
 from fastmmu.walk import ALL_ONES
 
-MAX_HUGE_LEVEL = np.uint64(3)
 TWO_MIB_LEVEL = np.uint64(2)
 W = NPT_SPTE.W
 TAIL_MASK = np.uint64(63)
@@ -31,16 +31,6 @@ def word_of_pages(slot, i):
     """Mask of the pages that word `i` of the slot's bitmap stands for: fewer than 64 in the last one."""
     left = slot["pages"] - (np.uint64(i) << WORD_BITS)
     return ALL_ONES if left > TAIL_MASK else (ONE << left) - ONE
-
-
-@inner
-def clear_rmap_bits(vm, slot, gfn, level, bits):
-    """Clear bits in the spte that maps the frame of `gfn` at `level`, by the reverse map; returns whether it changed."""
-    index = vm.slot_words[rmap_index(slot, gfn, level)]
-    if index == ZERO or vm.spt[index] & bits == ZERO:
-        return False
-    vm.spt[index] &= ~bits
-    return True
 
 
 @inner
@@ -97,22 +87,32 @@ def stop_logging(vm, stat, slot):
 
 @inner
 def zap_collapsible_leaves(vm, stat, slot):
-    """Shadow pages: remove each leaf whose table's frame may be mapped at a higher level."""
+    """Shadow pages: remove each leaf of a direct page whose frame may be mapped at a higher level. An indirect page has its size
+    from the guest."""
     zapped = False
-    first, end = slot["base"], slot["base"] + slot["pages"]
+    base, end = slot["base"], slot["base"] + slot["pages"]
     for level in range(ONE, MAX_HUGE_LEVEL):
-        gfn = frame_at(first, level)
+        gfn = frame_at(base, level)
         while gfn < end:
-            index = vm.slot_words[rmap_index(slot, max(gfn, first), level)]
-            if index != ZERO:
-                table_gfn = vm.page[index >> INDEX_BITS]["gfn"]
-                inside = max(table_gfn, first)
-                if level < max_mapping_level(vm, slot, inside, vm.word[VmWord.MAX_LEVEL]):
+            at = rmap_index(slot, max(gfn, base), level)
+            cursor = first(vm.slot_words[at])
+            while cursor != ZERO:
+                index = at_cursor(vm, cursor)
+                cursor = after(vm, cursor)
+                page = vm.page[index >> INDEX_BITS]
+                if page["role"] & DIRECT != NONE and level < could_be(vm, slot, max(page["gfn"], base)):
                     drop_leaf(vm, stat, index)
                     zapped = True
+                    cursor = first(vm.slot_words[at])
             gfn += pages_at(level)
     if zapped:
         flush_remote(vm.word, stat)
+
+
+@inner
+def could_be(vm, slot, gfn):
+    """Highest level at which the frame may be mapped."""
+    return max_mapping_level(vm, slot, gfn, vm.word[VmWord.MAX_LEVEL])
 
 
 @inner

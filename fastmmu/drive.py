@@ -6,36 +6,50 @@ import numpy as np
 
 from fastmmu import dirty_log, host
 from fastmmu._jit import inner, kernel
-from fastmmu.bits import GPTE64, ONE, PAGE_OFFSET, PFERR, ZERO
+from fastmmu.bits import CR3 as CR3_BITS
+from fastmmu.bits import CR4, GPTE64, ONE, PAGE_OFFSET, PFERR, WORD_SHIFT, ZERO
 from fastmmu.events import Op
 from fastmmu.guest import (
-    REQUESTS,
     access_bytes,
     access_page,
     emulate,
-    enter,
-    is_asked,
+    emulate_access,
     read_guest,
-    stop,
-    unload_root,
+    store_unseen,
     write_guest,
     write_log,
     write_memory,
 )
 from fastmmu.hardware import leave, not_plain, walk_plainly
-from fastmmu.machine_state import Counter, LogKind, Request, Status, Stop, Touch, VcpuState, VcpuWord, VmWord
+from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, LogKind, Status, Stop, Touch, VcpuState, VcpuWord, VmWord
 from fastmmu.memslot import note_write, slot_by_id
-from fastmmu.shadow import count, set_page_limit
+from fastmmu.pool import NO_TABLE, count
+from fastmmu.roots import (
+    FLUSH_GUEST,
+    ask_one,
+    change_registers,
+    enter,
+    is_asked,
+    is_shadow_paging,
+    load_pdptes,
+    set_cr3,
+    set_role,
+    stop,
+    unload_roots,
+)
+from fastmmu.shadow import set_page_limit
 from fastmmu.state import NO_SLOT, MmuState, Reg
+from fastmmu.sync import invalidate_current, invalidate_under
 from fastmmu.tlb import flush, invalidate, lookup
-from fastmmu.walk import ALL_ONES
+from fastmmu.walk import ALL_ONES, MODE_PAE
 
 (
     ACCESS, DEVICE, STORE, CR3, INVLPG, FLUSH, GENERATION, LOAD, WRITE, EXCHANGE, OPERAND, VCPU, EXIT, MODE, REGISTERS, SLOT_CREATE,
     SLOT_DELETE, SLOT_FLAGS, DIRTY_GET, DIRTY_CLEAR, UNMAP, PAGE_LIMIT, PARAMETER,
 ) = (np.uint8(op) for op in Op)  # fmt: skip
 LOG_MARGIN = np.uint64(256)  # rows that one event may need
-WORD_BYTES = np.uint64(8)
+WORD_BYTES, BYTE_BITS = np.uint64(8), np.uint64(3)
+W = np.uint8(PFERR.W)
 NO = np.uint8(0)
 
 
@@ -48,8 +62,14 @@ def vcpu_of(vcpus, number):
 
 @inner
 def store_entry(vm, vcpu, log, event, gpa, value):
-    """A guest store to a page table whose gva is not known: it goes through the map like any other write. False: the end."""
+    """A guest store to a page table whose gva is not known. With two-dimensional paging it goes through the map like any other
+    write. False: the end."""
     count(vcpu.stat, Counter.STORES)
+    if vm.word[VmWord.TDP] == ZERO:
+        if is_asked(vm, vcpu) and not enter(vm, vcpu):
+            return False
+        store_unseen(vm, vcpu, gpa, value)
+        return True
     touched = access_page(vm, vcpu, log, event, gpa, PFERR.W | PFERR.GUEST_FINAL)
     if touched.status == Status.DONE:
         write_memory(vm.mem.words, gpa, WORD_BYTES, value)
@@ -95,8 +115,16 @@ def data_access(vm, vcpu, log, supply, event, op, row, compared):
 
 
 @inner
-def plain_access(vm, vcpu, log, supply, event, row):
-    """An ACCESS or DEVICE: where it goes, without data."""
+def is_own_store(row, behind):
+    """Whether the STORE behind a recorded write is that write: it tells what was stored."""
+    if behind["op"] != STORE or row["checked"] == NO or row["access"] & W == NO:
+        return False
+    return row["value"] >> WORD_SHIFT == behind["address"] >> WORD_SHIFT
+
+
+@inner
+def plain_access(vm, vcpu, log, supply, event, row, known, data):
+    """An ACCESS or DEVICE: where it goes; `known` if it is a write of `data`."""
     gva, access = row["address"], np.uint64(row["access"])
     if access & PFERR.F != ZERO:
         vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS] = gva, access
@@ -105,7 +133,18 @@ def plain_access(vm, vcpu, log, supply, event, row):
         if access & PFERR.W != ZERO:
             note_write(vm, vcpu, touched.gpa)
     elif touched.status == Status.EMULATED:
-        touched, _ = emulate(vm, vcpu, log, supply, event, gva, ONE, access, touched.address, ZERO)
+        size = max(np.uint64(row["size"]), ONE)
+        touched = emulate_access(vm, vcpu, log, supply, event, gva, size, access, touched.address, known, data)
+    return touched
+
+
+@inner
+def recorded_write(vm, vcpu, log, supply, event, row, behind):
+    """A recorded write whose data the STORE behind it tells: that one is done with it."""
+    touched = quick_access(vm, vcpu, row)
+    offset = (row["value"] & (WORD_BYTES - ONE)) << BYTE_BITS
+    if touched.status != Status.DONE:
+        touched = plain_access(vm, vcpu, log, supply, event, row, True, behind["value"] >> offset)
     return touched
 
 
@@ -152,16 +191,28 @@ def after_access(vm, vcpu, log, event, row, touched):
 
 
 @inner
-def load_cr3(vm, vcpu, value):
-    """MOV to CR3, flushing. With two-dimensional paging KVM does not see it."""
-    vcpu.mmu.reg[Reg.CR3] = value
+def load_cr3(vm, vcpu, log, event, value):
+    """MOV to CR3. With two-dimensional paging KVM does not see it, and the TLB, which knows no PCIDs, is flushed."""
     if vm.word[VmWord.TDP] != ZERO:
+        has_pcids = vcpu.own[VcpuWord.CR4] & CR4.PCIDE != ZERO
+        vcpu.mmu.reg[Reg.CR3] = value & ~CR3_BITS.NO_FLUSH if has_pcids else value
         flush(vcpu.tlb)
         return
     leave(vm, vcpu)
     count(vcpu.stat, Counter.INSN_EMULATION)
-    unload_root(vm, vcpu)  # PAE roots are never kept (facts 9.1)
-    vm.word[REQUESTS + vcpu.own[VcpuWord.NUMBER]] |= np.uint64(Request.TLB_FLUSH_CURRENT)
+    if not set_cr3(vm, vcpu, value):
+        write_log(vm, log, LogKind.GENERAL_PROTECTION, 0, event, value, ZERO)
+
+
+@inner
+def invalidate_all_roots(vm, vcpu, gva):
+    """INVLPG under the root in use and under those that are kept (facts 9.4)."""
+    if vcpu.own[VcpuWord.ROOT] != NO_TABLE:
+        invalidate_current(vm, vcpu, gva)
+    for i in range(PREVIOUS_ROOTS):
+        root = vcpu.own[VcpuWord.PREVIOUS_ROOT + i]
+        if root != NO_TABLE:
+            invalidate_under(vm, vcpu, gva, root, vcpu.own[VcpuWord.ROOT_LEVEL])
 
 
 @inner
@@ -172,6 +223,18 @@ def invalidate_page(vm, vcpu, gva):
         count(vcpu.stat, Counter.INSN_EMULATION)
         count(vcpu.stat, Counter.INVLPG)
     invalidate(vcpu.tlb, gva)
+    if is_shadow_paging(vm, vcpu):
+        invalidate_all_roots(vm, vcpu, gva)
+
+
+@inner
+def invalidate_all(vm, vcpu):
+    """INVPCID of everything, or an INVLPG whose operand is not known."""
+    if vm.word[VmWord.TDP] == ZERO:
+        leave(vm, vcpu)
+        count(vcpu.stat, Counter.INSN_EMULATION)
+        ask_one(vm, vcpu, FLUSH_GUEST)
+    flush(vcpu.tlb)
 
 
 @inner
@@ -183,26 +246,37 @@ def copy(target, source):
 
 @inner
 def set_registers(vm, vcpu, table, row, by_guest):
-    """CR0, CR4, EFER and what follows from them, and CR3 where user space sets them all (KVM_SET_SREGS), which unloads the root if
+    """CR0, CR4, EFER and what follows from them, and CR3 where user space sets them all (KVM_SET_SREGS), which unloads the roots if
     any is another."""
     own, reg = vcpu.own, vcpu.mmu.reg
-    cr3 = reg[Reg.CR3] if by_guest else table.mmu.reg[row, Reg.CR3]
-    changed = cr3 != reg[Reg.CR3]
+    old_cr3 = reg[Reg.CR3]
+    cr3 = old_cr3 if by_guest else table.mmu.reg[row, Reg.CR3]
+    changed = cr3 != old_cr3 or table.mmu.reg[row, Reg.MODE] == MODE_PAE
     for i in range(table.raw.shape[1]):
         changed |= own[VcpuWord.CR0 + i] != table.raw[row, i]
-        own[VcpuWord.CR0 + i] = table.raw[row, i]
-    generation = reg[Reg.GENERATION]
-    copy(reg, table.mmu.reg[row])
-    reg[Reg.GENERATION], reg[Reg.CR3] = generation, cr3
+    for i in range(len(reg)):  # the generation is the VM's, PDPTEs are loaded from memory
+        if i != Reg.GENERATION and not Reg.PDPTE0 <= i <= Reg.PDPTE3:
+            reg[i] = table.mmu.reg[row, i]
+    reg[Reg.CR3] = cr3
     copy(vcpu.mmu.reserved, table.mmu.reserved[row])
     copy(vcpu.mmu.permissions, table.mmu.permissions[row])
     for kind in range(len(vcpu.mmu.plain)):
         copy(vcpu.mmu.plain[kind], table.mmu.plain[row, kind])
     own[VcpuWord.FETCH_ACCESS] = ZERO
+    shadowed = vm.word[VmWord.TDP] == ZERO
     if by_guest:
         flush(vcpu.tlb)
-    if changed and (not by_guest or vm.word[VmWord.TDP] == ZERO):
-        unload_root(vm, vcpu)
+        if shadowed:
+            leave(vm, vcpu)
+            count(vcpu.stat, Counter.INSN_EMULATION)
+            change_registers(vm, vcpu, table.raw[row, 0], table.raw[row, 1], table.raw[row, 2])
+    elif changed:
+        unload_roots(vm, vcpu)
+    if shadowed and reg[Reg.MODE] == MODE_PAE:
+        load_pdptes(vm, vcpu, cr3, reg[Reg.PDPTE_RESERVED])
+    for i in range(table.raw.shape[1]):
+        own[VcpuWord.CR0 + i] = table.raw[row, i]
+    set_role(vm, vcpu)
 
 
 @inner
@@ -259,23 +333,29 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                 stop(vm, Stop.LOG_FULL, address, ZERO)
                 return i
             if op <= DEVICE:
-                touched = quick_access(vm, vcpu, row)
-                if touched.status != Status.DONE:
-                    touched = plain_access(vm, vcpu, log, supply, i, row)
+                if i + 1 < len(events) and is_own_store(row, events[i + 1]) and is_shadow_paging(vm, vcpu):
+                    touched = recorded_write(vm, vcpu, log, supply, i, row, events[i + 1])
+                else:
+                    touched = quick_access(vm, vcpu, row)
+                    if touched.status != Status.DONE:
+                        touched = plain_access(vm, vcpu, log, supply, i, row, False, ZERO)
             else:
                 compared = events[i + 1]["value"] if op == EXCHANGE else ZERO
                 touched = data_access(vm, vcpu, log, supply, i, op, row, compared)
             if not after_access(vm, vcpu, log, i, row, touched):
                 return i
         elif op == STORE:
-            if not store_entry(vm, vcpu, log, i, address, value):
+            if i > 0 and is_own_store(events[i - 1], row) and is_shadow_paging(vm, vcpu):
+                count(vcpu.stat, Counter.STORES)
+                write_memory(vm.mem.words, address, WORD_BYTES, value)
+            elif not store_entry(vm, vcpu, log, i, address, value):
                 return i
         elif op == CR3:
-            load_cr3(vm, vcpu, value)
+            load_cr3(vm, vcpu, log, i, value)
         elif op == INVLPG:
             invalidate_page(vm, vcpu, address)
         elif op == FLUSH:
-            flush(vcpu.tlb)
+            invalidate_all(vm, vcpu)
         elif op == VCPU:
             vm.word[VmWord.VCPU] = value
             vcpu = vcpu_of(vcpus, value)

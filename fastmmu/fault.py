@@ -1,32 +1,29 @@
-"""The page fault: MMIO, the fast path, and mapping at the goal level in the TDP MMU or in shadow pages (facts sections 4 to 6).
+"""The page fault: MMIO, the fast path, and mapping in the TDP MMU or in shadow pages (facts sections 4 to 6).
 
-Follows `kvm_mmu_page_fault` of Linux 6.1 from the top down to the entry that is written. Both maps are direct: an spte is a
-function of the gfn alone, with all rights.
+Follows `kvm_mmu_page_fault` of Linux 6.1 from the top down to the entry that is written.
 """
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastmmu._jit import cmpxchg, inner
 from fastmmu.bits import ACC, GENERATION_UPDATING, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, ZERO
-from fastmmu.hardware import PAE_LEVEL, is_executable, root_for
+from fastmmu.hardware import is_executable, root_for
 from fastmmu.machine_state import Counter, Outcome, VcpuWord, VmWord
-from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, max_mapping_level, slot_by_gfn
-from fastmmu.mmio import fill, match_gpa
-from fastmmu.shadow import (
-    NO_TABLE,
-    YES,
-    count,
-    count_leaf,
-    drop_leaf,
-    flush_remote,
-    get_shadow_page,
-    gfn_of_entry,
-    is_short_of_pages,
-    link,
-    make_pages_available,
-    rmap_index,
+from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
+from fastmmu.mmio import covers, fill, match_gpa
+from fastmmu.pool import NO_TABLE, count, count_leaf, flush_remote
+from fastmmu.roots import is_shadow_paging
+from fastmmu.shadow import is_short_of_pages, make_pages_available
+from fastmmu.shadow_fault import (
+    clear_floods,
+    fetch,
+    gives_way,
+    goal_levels,
+    guest_rights,
+    inject,
+    map_direct,
+    mapping_limit,
+    walk_for_kvm,
 )
 from fastmmu.spte import (
     entry_of,
@@ -39,43 +36,58 @@ from fastmmu.spte import (
     lowest,
     make_leaf,
     make_mmio,
+    mmio_access,
     mmio_generation,
+    mmio_gfn,
     pfn_of,
 )
-from fastmmu.state import NO_SLOT, Walk
+from fastmmu.state import NO_SLOT, Reg, Walk
 from fastmmu.tdp import link_table, set_spte, zap_huge
+from fastmmu.unsync import is_write_tracked
 
-PREFETCH_PAGES = np.uint64(8)
-NOT_STARTED = ZERO
 FAST_RETRIES = 4
 MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATION), int(VcpuWord.PML_LOG)
-MAX_GENERATION = MMIO_SPTE.GENERATION
 
 
 @inner
-def cache_mmio(vm, vcpu, gva, gfn):
+def cache_mmio(vm, vcpu, gva, gfn, access):
     """Remember the device page in the MMIO info cache (facts 4.1); gva 0 where the address that faulted is a gpa."""
     if vm.word[VmWord.MMIO_INFO] != ZERO:
-        walk = Walk(True, gfn << PAGE_SHIFT, ONE, ACC.W | ACC.U, ZERO)
+        walk = Walk(True, gfn << PAGE_SHIFT, ONE, access, ZERO)
         fill(vcpu.own[MMIO:MMIO_GENERATION], None, vcpu.own[MMIO_GENERATION:MMIO_END], vcpu.mmu, gva, walk)
 
 
 @inner
-def mmio_fault(vm, vcpu, gpa):
+def is_remembered(vm, vcpu, address):
+    """Whether the MMIO info cache knows the address that faulted: a gva under shadow paging, else a gpa (facts 4.2)."""
+    if vm.word[VmWord.MMIO_INFO] == ZERO:
+        return False
+    entry, generation = vcpu.own[MMIO:MMIO_GENERATION], vcpu.own[MMIO_GENERATION:MMIO_END]
+    if is_shadow_paging(vm, vcpu):
+        return covers(entry, address) and generation[0] == vcpu.mmu.reg[Reg.GENERATION]
+    return match_gpa(entry, generation, vcpu.mmu, address)
+
+
+@inner
+def mmio_fault(vm, vcpu, address):
     """The processor met a reserved bit: EMULATE, or INVALID for the slow path, or RETRY (facts 4.4)."""
-    gfn = gpa >> PAGE_SHIFT
-    if vm.word[VmWord.MMIO_INFO] != ZERO:
-        if match_gpa(vcpu.own[MMIO:MMIO_GENERATION], vcpu.own[MMIO_GENERATION:MMIO_END], vcpu.mmu, gpa):
-            return Outcome.EMULATE
-    table, level = root_for(vm, vcpu, gfn)
-    index, level = lowest(vm.spt, table, level, gfn)
+    if is_remembered(vm, vcpu, address):
+        return Outcome.EMULATE
+    page = address >> PAGE_SHIFT
+    table, level = root_for(vm, vcpu, page)
+    if table == NO_TABLE:
+        return Outcome.RETRY
+    index, level = lowest(vm.spt, table, level, page)
     spte = vm.spt[index]
     if not is_mmio(vm.word, spte):
         return Outcome.RETRY
     generation = vm.word[VmWord.GENERATION]
-    if generation & GENERATION_UPDATING != ZERO or mmio_generation(spte) != generation & MAX_GENERATION:
+    if generation & GENERATION_UPDATING != ZERO or mmio_generation(spte) != generation & MMIO_SPTE.GENERATION:
         return Outcome.INVALID
-    cache_mmio(vm, vcpu, ZERO, gfn)
+    if is_shadow_paging(vm, vcpu):
+        cache_mmio(vm, vcpu, address, mmio_gfn(spte), mmio_access(vm.word, spte))
+    else:
+        cache_mmio(vm, vcpu, ZERO, page, ACC.ALL)
     return Outcome.EMULATE
 
 
@@ -128,22 +140,11 @@ def fast_fault(vm, vcpu, number, gfn, pferr):
 
 
 @inner
-def goal_levels(vm, number, gfn, fetch):
-    """(goal, requested) levels of the mapping, and whether a fetch may not use a huge page (facts 5.9)."""
-    disallowed = fetch and vm.word[VmWord.NX_HUGE_PAGES] != ZERO
-    if number == NO_SLOT or logs_dirty(vm.mem.slots[number]):
-        return ONE, ONE, disallowed
-    limit = vm.word[VmWord.MAX_LEVEL] if vm.word[VmWord.TDP] != ZERO else PAE_LEVEL  # PAE tables end at 2 MiB
-    requested = max_mapping_level(vm, vm.mem.slots[number], gfn, limit)
-    return (ONE if disallowed else requested), requested, disallowed
-
-
-@inner
 def new_leaf(vm, vcpu, number, gfn, level, old):
-    """What the entry becomes: a leaf that maps the frame of `gfn`, or an MMIO spte where there is no memslot."""
+    """What an entry of the TDP MMU becomes: a leaf that maps the frame of `gfn`, or an MMIO spte where there is no memslot."""
     if number == NO_SLOT:
         count(vcpu.stat, Counter.PF_MMIO_SPTE_CREATED)
-        return make_mmio(vm.word, gfn)
+        return make_mmio(vm.word, gfn, ACC.ALL)
     slot = vm.mem.slots[number]
     spte = make_leaf(vm.word, frame_at(gfn, level), level, ACC.ALL, old, not is_readonly(slot), False)
     if is_writable(spte):
@@ -152,38 +153,20 @@ def new_leaf(vm, vcpu, number, gfn, level, old):
 
 
 @inner
-def gives_way(vm, goal, level, spte):
-    """Under NX huge pages a table is not replaced by a huge page, which could not be executed: the goal is below (facts 5.9.5)."""
-    return vm.word[VmWord.NX_HUGE_PAGES] != ZERO and level > ONE and level == goal and is_table(spte, level)
-
-
-@inner
-def make_child(vm, vcpu, index, level, gfn, disallowed, requested):
-    """Put a table under the entry at `index`, in place of nothing, an MMIO spte or a huge page; NO_TABLE without a free one.
+def make_child(vm, vcpu, index, level, gfn, nx_split):
+    """Put a table under an entry of the TDP MMU, in place of nothing, an MMIO spte or a huge page; NO_TABLE without a free one.
 
     In 6.1 a huge page above the goal is not split but dropped: the other pages of its frame fault anew.
     """
-    if vm.word[VmWord.TDP_MMU] != ZERO:
-        if is_present(vm.spt[index]):
-            zap_huge(vm, vcpu.stat, index, level)
-        return link_table(vm, vcpu.stat, index, level, gfn, disallowed and requested >= level)
-    child = get_shadow_page(vm, vcpu.stat, frame_at(gfn, level), level - ONE)
-    if child == NO_TABLE:
-        return child
     if is_present(vm.spt[index]):
-        drop_leaf(vm, vcpu.stat, index)
-        flush_remote(vm.word, vcpu.stat)
-    link(vm, index, child)
-    if disallowed and requested >= level and vm.word[VmWord.TDP] != ZERO and vm.page[child]["nx_split"] != YES:
-        vm.page[child]["nx_split"] = YES
-        count(vcpu.stat, Counter.NX_LPAGE_SPLITS)
-    return child
+        zap_huge(vm, vcpu.stat, index, level)
+    return link_table(vm, vcpu.stat, index, level, gfn, nx_split)
 
 
 @inner(inline=True)
 def descend(vm, vcpu, number, gfn, fetch):
     """(index, level) of the entry at the goal level for `gfn`, tables made on the way; index 0 without a free table."""
-    goal, requested, disallowed = goal_levels(vm, number, gfn, fetch)
+    goal, requested, disallowed = goal_levels(vm, number, gfn, fetch, vm.word[VmWord.MAX_LEVEL])
     table, level = root_for(vm, vcpu, gfn)
     while True:
         index = entry_of(table, gfn, level)
@@ -192,7 +175,8 @@ def descend(vm, vcpu, number, gfn, fetch):
             goal -= ONE
         if level == goal:
             return index, level
-        table = pfn_of(old) if is_table(old, level) else make_child(vm, vcpu, index, level, gfn, disallowed, requested)
+        split = disallowed and requested >= level
+        table = pfn_of(old) if is_table(old, level) else make_child(vm, vcpu, index, level, gfn, split)
         if table == NO_TABLE:
             return ZERO, level
         level -= ONE
@@ -218,112 +202,65 @@ def map_tdp(vm, vcpu, number, gfn, fetch):
     return Outcome.FIXED if number != NO_SLOT else Outcome.EMULATE
 
 
-@inner(inline=True)
-def map_direct(vm, vcpu, number, gfn, fetch):
-    """Map `gfn` in direct shadow pages, then its neighbours (facts 5.4a, 5.10)."""
-    index, level = descend(vm, vcpu, number, gfn, fetch)
-    if index == ZERO:
-        return Outcome.NO_TABLES
-    outcome = set_leaf(vm, vcpu, number, index, level, gfn)
-    if outcome != Outcome.SPURIOUS and level == ONE and vm.word[VmWord.AD] != ZERO:
-        prefetch_neighbours(vm, vcpu, index)
-    return outcome
-
-
-@inner(inline=True)
-def set_leaf(vm, vcpu, number, index, level, gfn):
-    """Write the leaf of a shadow page (facts 5.10)."""
-    old = vm.spt[index]
-    if number == NO_SLOT:
-        vm.spt[index] = new_leaf(vm, vcpu, number, gfn, level, old)
-        return Outcome.EMULATE
-    was_mapped = is_leaf(old, level)
-    if is_table(old, level):
-        vm.page[pfn_of(old)]["parent"] = ZERO  # the table stays, without a parent
-        flush_remote(vm.word, vcpu.stat)
-        old = ZERO
-    spte = new_leaf(vm, vcpu, number, gfn, level, old)
-    vm.spt[index] = spte
-    if spte == old:
-        return Outcome.SPURIOUS
-    if not was_mapped:
-        add_leaf(vm.slot_words, vcpu.stat, vm.mem.slots[number], index, frame_at(gfn, level), level)
-    elif loses(vm.word, old, spte):
-        flush_remote(vm.word, vcpu.stat)
-    return Outcome.FIXED
-
-
 @inner
-def loses(word, old, spte):
-    """Whether a present entry loses what a TLB may still have: writability, A or D (facts 6.4)."""
-    lost = old & ~spte & (word[VmWord.ACCESSED] | word[VmWord.DIRTY])
-    return lost != ZERO or (old & word[VmWord.MMU_WRITABLE] != ZERO and not is_writable(spte))
-
-
-@inner
-def add_leaf(slot_words, stat, slot, index, gfn, level):
-    """Account for a new leaf of `gfn`, and enter it in the reverse map."""
-    slot_words[rmap_index(slot, gfn, level)] = index
-    count_leaf(stat, level, 1)
-
-
-@inner(inline=True)
-def prefetch_neighbours(vm, vcpu, index):
-    """Map the free entries of the aligned eight around a new leaf, run by run from the lowest up (truth README section 6).
-
-    A run ends the prefetch if it cannot be taken whole: its first page has no memslot, or one that logs or is read-only, or the
-    run crosses the slot's end.
-    """
-    first = index & ~(PREFETCH_PAGES - ONE)
-    start = NOT_STARTED
-    for at in range(first, first + PREFETCH_PAGES + ONE):
-        taken = at == first + PREFETCH_PAGES or at == index or is_present(vm.spt[at])
-        if not taken:
-            if start == NOT_STARTED:
-                start = at
-        elif start != NOT_STARTED:
-            if not prefetch_run(vm, vcpu, start, at):
-                return
-            start = NOT_STARTED
-
-
-@inner
-def prefetch_run(vm, vcpu, start, end):
-    """Map the entries [start, end) of a shadow page; False when they cannot be taken."""
-    gfn = gfn_of_entry(vm, start)
-    number = slot_by_gfn(vm, vcpu, gfn)
+def without_memory(vm, vcpu, number, gva, gfn, access, pferr):
+    """EMULATE for what no leaf can answer, INVALID for the rest: no memslot and no MMIO sptes; a write to a read-only memslot."""
     if number == NO_SLOT:
-        return False
-    slot = vm.mem.slots[number]
-    if logs_dirty(slot) or is_readonly(slot) or gfn + (end - start) > slot["base"] + slot["pages"]:
-        return False
-    for index in range(start, end):
-        vm.spt[index] = make_leaf(vm.word, gfn, ONE, ACC.ALL, vm.spt[index], True, True)
-        add_leaf(vm.slot_words, vcpu.stat, slot, index, gfn, ONE)
-        gfn += ONE
-    return True
-
-
-@inner(inline=True)
-def handle(vm, vcpu, address, pferr):
-    """A fault of a direct map that is not answered by what KVM remembers of devices (facts 5.4a, 5.4b)."""
-    gfn = address >> PAGE_SHIFT
-    number = slot_by_gfn(vm, vcpu, gfn)
-    outcome = fast_fault(vm, vcpu, number, gfn, pferr)
-    if outcome != Outcome.INVALID:
-        return outcome
-    if number == NO_SLOT:
-        cache_mmio(vm, vcpu, ZERO if vm.word[VmWord.TDP] != ZERO else address, gfn)
+        cache_mmio(vm, vcpu, gva, gfn, access)
         if vm.word[VmWord.MMIO_CACHING] == ZERO or gfn > vm.word[VmWord.MAX_GFN]:
             return Outcome.EMULATE
     elif pferr & PFERR.W != ZERO and is_readonly(vm.mem.slots[number]):
         return Outcome.EMULATE
-    fetch = pferr & PFERR.F != ZERO
+    return Outcome.INVALID
+
+
+@inner
+def is_tracked_write(vm, number, gfn, pferr):
+    """Whether the fault is a write to an upper table of the guest that is shadowed; before the fault is looked at any closer."""
+    write = PFERR.P | PFERR.W
+    if number == NO_SLOT or pferr & (write | PFERR.RSVD) != write:
+        return False
+    return is_write_tracked(vm, vm.mem.slots[number], gfn)
+
+
+@inner(inline=True)
+def handle_direct(vm, vcpu, address, pferr):
+    """A fault of a direct map that is not answered by what KVM remembers of devices (facts 5.4a, 5.4b)."""
+    gfn = address >> PAGE_SHIFT
+    number = slot_by_gfn(vm, vcpu, gfn)
+    if is_tracked_write(vm, number, gfn, pferr):
+        return Outcome.EMULATE
+    outcome = fast_fault(vm, vcpu, number, gfn, pferr)
+    if outcome != Outcome.INVALID:
+        return outcome
+    gva = ZERO if vm.word[VmWord.TDP] != ZERO else address
+    if without_memory(vm, vcpu, number, gva, gfn, ACC.ALL, pferr) == Outcome.EMULATE:
+        return Outcome.EMULATE
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        return map_tdp(vm, vcpu, number, gfn, fetch)
+        return map_tdp(vm, vcpu, number, gfn, pferr & PFERR.F != ZERO)
     if is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
         return Outcome.NO_PAGES
-    return map_direct(vm, vcpu, number, gfn, fetch)
+    return map_direct(vm, vcpu, number, gfn, pferr)
+
+
+@inner
+def handle_indirect(vm, vcpu, gva, pferr):
+    """A fault under shadow paging: the guest's own tables decide (facts 5.4c)."""
+    walk = walk_for_kvm(vm, vcpu, gva, pferr & (PFERR.W | PFERR.U | PFERR.F))
+    if not walk.ok:
+        return inject(vm, vcpu, gva, walk.pferr)
+    gfn = walk.gpa >> PAGE_SHIFT
+    number = slot_by_gfn(vm, vcpu, gfn)
+    if is_tracked_write(vm, number, gfn, pferr):
+        clear_floods(vm, vcpu, gva)
+        return Outcome.EMULATE
+    limit = mapping_limit(vm, vcpu, gva, walk, pferr)
+    if without_memory(vm, vcpu, number, gva, gfn, walk.access, pferr) == Outcome.EMULATE:
+        return Outcome.EMULATE
+    access = guest_rights(vcpu, walk, number, pferr)
+    if is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
+        return Outcome.NO_PAGES
+    return fetch(vm, vcpu, number, gva, walk, access, limit, pferr)
 
 
 @inner(inline=True)
@@ -334,7 +271,8 @@ def page_fault(vm, vcpu, address, pferr):
         if outcome != Outcome.INVALID:
             return outcome
     count(vcpu.stat, Counter.PF_TAKEN)
-    outcome = handle(vm, vcpu, address, pferr)
+    shadowed = is_shadow_paging(vm, vcpu)
+    outcome = handle_indirect(vm, vcpu, address, pferr) if shadowed else handle_direct(vm, vcpu, address, pferr)
     if outcome == Outcome.FIXED:
         count(vcpu.stat, Counter.PF_FIXED)
     elif outcome == Outcome.EMULATE:

@@ -7,34 +7,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu import machine_state
 from fastmmu._jit import inner
-from fastmmu.bits import GPTE64, ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
+from fastmmu.bits import ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
 from fastmmu.fault import page_fault
-from fastmmu.hardware import ADDRESS_32, PAE_LEVEL, access_gpa, leave, translate_page
-from fastmmu.machine_state import Counter, LogKind, Outcome, Request, Status, Stop, Touch, VcpuWord, VmWord
+from fastmmu.hardware import ADDRESS_32, access_gpa, leave, translate_page
+from fastmmu.machine_state import Counter, LogKind, Outcome, Status, Stop, Touch, VcpuWord, VmWord
 from fastmmu.memslot import is_readonly, mark_dirty, note_write, slot_by_gfn
-from fastmmu.shadow import count, flush_remote, get_shadow_page, is_obsolete, is_short_of_pages, make_pages_available, put_root
-from fastmmu.state import NO_SLOT, Mmio, Reg
-from fastmmu.tdp import get_root
-from fastmmu.tdp import put_root as put_tdp_root
-from fastmmu.tlb import flush
-from fastmmu.walk import MODE_NONE, mode_of, walk_exact
+from fastmmu.mmio import cached_gpa, match
+from fastmmu.pool import count
+from fastmmu.roots import enter, is_asked, is_shadow_paging, stop
+from fastmmu.shadow_fault import inject, walk_for_kvm
+from fastmmu.state import NO_SLOT, Miss, Reg
+from fastmmu.track import track_write
+from fastmmu.unsync import is_write_tracked, refuses_write
+from fastmmu.walk import MODE_NONE
 
-TLB_FLUSH, FREE_OBSOLETE_ROOTS, LOAD_ROOT, FLUSH_CURRENT = (np.uint64(one) for one in Request)
-ATTEMPTS = 4096  # an instruction that faults so often without getting on never will: 2 x 24 tables are the most it can need
-REQUESTS = np.uint64(machine_state.REQUESTS)
-PAE_ROOTS = 4
-PAE_ROOT_SHIFT = np.uint64(18)
+ATTEMPTS = 4096  # an instruction that faults so often without getting on never will: two dimensions of tables need 24
 NO_FETCH = ZERO
 BYTE_BITS, BYTES_MASK, WORD_BITS = np.uint64(3), np.uint64(7), np.uint64(64)
-
-
-@inner
-def stop(vm, reason, address, code):
-    """End the replay."""
-    vm.word[VmWord.STOP] = np.uint64(reason)
-    vm.word[VmWord.STOP_ADDRESS], vm.word[VmWord.STOP_CODE] = address, code
+MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATION), int(VcpuWord.MMIO_GENERATION) + 1
 
 
 @inner
@@ -45,99 +36,6 @@ def write_log(vm, log, kind, size, event, address, value):
         row = log[at]
         row["kind"], row["size"], row["event"], row["address"], row["value"] = kind, size, event, address, value
         vm.word[VmWord.LOGGED] = at + ONE
-
-
-# --- roots and requests ----------------------------------------------------------------------------------------------------
-
-
-@inner
-def load_root(vm, vcpu):
-    """Find or make the root that the processor walks, and flush what its TLB has for another one. False when that is the end."""
-    if vm.word[VmWord.TDP] == ZERO and vcpu.mmu.reg[Reg.MODE] != MODE_NONE:
-        stop(vm, Stop.SHADOW_PAGING, ZERO, ZERO)
-        return False
-    if vm.word[VmWord.TDP_MMU] != ZERO:
-        root = get_root(vm)
-    elif is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
-        stop(vm, Stop.NO_PAGES, ZERO, ZERO)
-        return False
-    elif vm.word[VmWord.ROOT_LEVEL] != PAE_LEVEL:
-        root = get_shadow_page(vm, vcpu.stat, ZERO, vm.word[VmWord.ROOT_LEVEL])
-        vm.page[root]["roots"] += np.uint32(root != ZERO)
-    else:
-        root = load_pae_roots(vm, vcpu)
-    if root == ZERO:
-        stop(vm, Stop.NO_TABLES, ZERO, ZERO)
-        return False
-    vcpu.own[VcpuWord.ROOT] = root
-    flush(vcpu.tlb)
-    return True
-
-
-@inner
-def load_pae_roots(vm, vcpu):
-    """Four roots of 1 GiB each, which 1 stands for; ZERO without a table."""
-    for i in range(PAE_ROOTS):
-        table = get_shadow_page(vm, vcpu.stat, np.uint64(i) << PAE_ROOT_SHIFT, PAE_LEVEL)
-        if table == ZERO:
-            return ZERO
-        vm.page[table]["roots"] += np.uint32(1)
-        vcpu.own[VcpuWord.PAE_ROOT + i] = table
-    return ONE
-
-
-@inner
-def unload_root(vm, vcpu):
-    """Let go of the root; the MMIO info cache forgets its gva (facts 4.5)."""
-    root = vcpu.own[VcpuWord.ROOT]
-    vm.word[REQUESTS + vcpu.own[VcpuWord.NUMBER]] |= LOAD_ROOT
-    vcpu.own[VcpuWord.MMIO + Mmio.GVA] = ZERO
-    if root == ZERO:
-        return
-    vcpu.own[VcpuWord.ROOT] = ZERO
-    if vm.word[VmWord.TDP_MMU] != ZERO:
-        put_tdp_root(vm, vcpu.stat, root)
-        return
-    freed = False
-    if vm.word[VmWord.ROOT_LEVEL] != PAE_LEVEL:
-        freed = put_root(vm, vcpu.stat, root)
-    else:
-        for i in range(PAE_ROOTS):
-            freed |= put_root(vm, vcpu.stat, vcpu.own[VcpuWord.PAE_ROOT + i])
-    if freed:
-        flush_remote(vm.word, vcpu.stat)
-
-
-@inner
-def free_obsolete_root(vm, vcpu):
-    """Let go of a root that was zapped; PAE roots always (facts 5.14)."""
-    root = vcpu.own[VcpuWord.ROOT]
-    if root != ZERO and (vm.word[VmWord.ROOT_LEVEL] == PAE_LEVEL or is_obsolete(vm, root)):
-        unload_root(vm, vcpu)
-
-
-@inner
-def is_asked(vm, vcpu):
-    """Whether there are requests to the vCPU."""
-    return vm.word[REQUESTS + vcpu.own[VcpuWord.NUMBER]] != ZERO
-
-
-@inner
-def enter(vm, vcpu):
-    """Serve what was asked of the vCPU, also what serving it asks for, and enter the guest. False when that is the end."""
-    number = REQUESTS + vcpu.own[VcpuWord.NUMBER]
-    while vm.word[number] != ZERO:
-        if vm.word[number] & FREE_OBSOLETE_ROOTS != ZERO:
-            free_obsolete_root(vm, vcpu)
-        requests = vm.word[number]
-        vm.word[number] = ZERO
-        if requests & (TLB_FLUSH | FLUSH_CURRENT) != ZERO:
-            count(vcpu.stat, Counter.TLB_FLUSH)
-            flush(vcpu.tlb)
-        if vcpu.own[VcpuWord.ROOT] == ZERO and not load_root(vm, vcpu):
-            vm.word[number] |= LOAD_ROOT  # whoever tries again comes here again
-            return False
-    return True
 
 
 # --- accesses --------------------------------------------------------------------------------------------------------------
@@ -174,6 +72,8 @@ def access_page(vm, vcpu, log, event, gva, access):
                     return Touch(Status.STOP, ZERO, ZERO, ZERO)
                 if not blocked(vm, touched.pferr):
                     return Touch(Status.EMULATED, ZERO, touched.address, touched.pferr)
+            elif outcome == Outcome.INJECT:
+                return Touch(Status.FAULT, ZERO, target, vcpu.own[VcpuWord.INJECTED])
             elif outcome >= Outcome.NO_TABLES:
                 stop(vm, stop_reason(outcome), touched.address, touched.pferr)
                 return Touch(Status.STOP, ZERO, ZERO, ZERO)
@@ -270,35 +170,22 @@ def write_guest(vm, vcpu, gva, size, gpa, second, value):
 
 
 @inner
-def log_guest_bits(vm, vcpu, gva, leaf_level, write):
-    """The emulator's walk set A and D in entries that lacked them: their tables were written (facts 1.6.6)."""
-    mode = mode_of(vcpu.mmu)
-    table, level = vcpu.mmu.reg[Reg.CR3] & mode.root, mode.levels
-    while True:
-        gpte = vcpu.trail[level]
-        wanted = GPTE64.A | (GPTE64.D if level == leaf_level and write else ZERO)
-        number = slot_by_gfn(vm, vcpu, table >> PAGE_SHIFT)
-        if gpte & wanted != wanted and number != NO_SLOT and not is_readonly(vm.mem.slots[number]):
-            mark_dirty(vm, vm.mem.slots[number], table >> PAGE_SHIFT)
-            note_write(vm, vcpu, table)
-        if level == leaf_level:
-            return
-        table = gpte & mode.root
-        level -= ONE
-
-
-@inner
 def emulated_gpa(vm, vcpu, gva, access, faulted):
-    """(Touch) of one page as the emulator finds it: the gpa that faulted where the offset is the same, else by a walk."""
-    if gva & PAGE_OFFSET == faulted & PAGE_OFFSET:
+    """(Touch) of one page as the emulator finds it (facts 4.3): the gpa that faulted where the offset is the same, or the device
+    page that KVM remembers, else by a walk."""
+    direct = not is_shadow_paging(vm, vcpu)
+    if direct and gva & PAGE_OFFSET == faulted & PAGE_OFFSET:
         return Touch(Status.DONE, faulted, ZERO, ZERO)
     if vcpu.mmu.reg[Reg.MODE] == MODE_NONE:
         return Touch(Status.DONE, gva & ADDRESS_32, ZERO, ZERO)
-    walk = walk_exact(vm.mem, vcpu.mmu, vcpu.trail, gva, access)
+    if not direct and vm.word[VmWord.MMIO_INFO] != ZERO:
+        entry, generation = vcpu.own[MMIO:MMIO_GENERATION], vcpu.own[MMIO_GENERATION:MMIO_END]
+        if match(entry, None, generation, vcpu.mmu, gva, access) == Miss.HIT:
+            return Touch(Status.DONE, cached_gpa(entry, gva), ZERO, ZERO)
+    walk = walk_for_kvm(vm, vcpu, gva, access)
     if walk.ok:
-        log_guest_bits(vm, vcpu, gva, walk.level, access & PFERR.W != ZERO)
         return Touch(Status.DONE, walk.gpa, ZERO, ZERO)
-    count(vcpu.stat, Counter.PF_GUEST)
+    inject(vm, vcpu, gva, walk.pferr)
     return Touch(Status.FAULT, ZERO, gva, walk.pferr)
 
 
@@ -322,11 +209,18 @@ def emulate_memory(vm, vcpu, gpa, size, write, value):
     """One page of an emulated access that memory answers: the value read."""
     if not write:
         return read_memory(vm.mem.words, gpa, size)
-    number = slot_by_gfn(vm, vcpu, gpa >> PAGE_SHIFT)
     write_memory(vm.mem.words, gpa, size, value)
+    after_emulated_write(vm, vcpu, gpa, size)
+    return ZERO
+
+
+@inner
+def after_emulated_write(vm, vcpu, gpa, size):
+    """KVM wrote to the guest's memory for the guest: it is logged, and shadow pages of what was written are told."""
+    number = slot_by_gfn(vm, vcpu, gpa >> PAGE_SHIFT)
     mark_dirty(vm, vm.mem.slots[number], gpa >> PAGE_SHIFT)
     note_write(vm, vcpu, gpa)
-    return ZERO
+    track_write(vm, vcpu, gpa, size)
 
 
 @inner
@@ -372,3 +266,51 @@ def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, value):
     if device or second_device:
         count(vcpu.stat, Counter.MMIO_EXITS)
     return Touch(Status.EMULATED, first.gpa, ZERO, ZERO), data
+
+
+@inner
+def emulate_access(vm, vcpu, log, supply, event, gva, size, access, faulted, known, value):
+    """KVM's emulator does an ACCESS: as `emulate`, but a write whose data are not `known` leaves memory as it is, and `size` may be
+    more than 8 bytes then."""
+    write = access & PFERR.W != ZERO
+    if known or not write or not is_shadow_paging(vm, vcpu):
+        entry_rest = np.uint64(8) - (gva & BYTES_MASK)
+        touched, _ = emulate(vm, vcpu, log, supply, event, gva, min(size, entry_rest) if known else ONE, access, faulted, value)
+        return touched
+    first = emulated_gpa(vm, vcpu, gva, access, faulted)
+    if first.status != Status.DONE or is_device(vm, vcpu, first.gpa, True):
+        touched, _ = emulate(vm, vcpu, log, supply, event, gva, ONE, access, faulted, ZERO)
+        return touched
+    count(vcpu.stat, Counter.INSN_EMULATION)
+    after_emulated_write(vm, vcpu, first.gpa, min(size, (PAGE_OFFSET & ~gva) + ONE))
+    return Touch(Status.EMULATED, first.gpa, ZERO, ZERO)
+
+
+@inner
+def store_unseen(vm, vcpu, gpa, value):
+    """A store of 8 bytes to a page table by a gva that is not known, under shadow paging: as if by one that the guest has in use.
+
+    Where an upper table lies that is shadowed, KVM emulates the store. Where a leaf table lies whose pages are in step it faults
+    once, and they are not any more. Else the processor does it, and KVM sees nothing.
+    """
+    gfn = gpa >> PAGE_SHIFT
+    number = slot_by_gfn(vm, vcpu, gfn)
+    if number == NO_SLOT or is_readonly(vm.mem.slots[number]):
+        return
+    slot = vm.mem.slots[number]
+    write_memory(vm.mem.words, gpa, np.uint64(8), value)
+    if is_write_tracked(vm, slot, gfn):
+        leave(vm, vcpu)
+        count(vcpu.stat, Counter.PF_TAKEN)
+        count(vcpu.stat, Counter.PF_EMULATE)
+        count(vcpu.stat, Counter.INSN_EMULATION)
+        after_emulated_write(vm, vcpu, gpa, np.uint64(8))
+        return
+    before = vcpu.stat[Counter.MMU_UNSYNC]
+    refuses_write(vm, vcpu.stat, slot, gfn, True, False)
+    if vcpu.stat[Counter.MMU_UNSYNC] != before:
+        leave(vm, vcpu)
+        count(vcpu.stat, Counter.PF_TAKEN)
+        count(vcpu.stat, Counter.PF_FIXED)
+    mark_dirty(vm, slot, gfn)
+    note_write(vm, vcpu, gpa)

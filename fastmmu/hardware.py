@@ -1,8 +1,8 @@
 """What the processor does by itself: it walks the guest's tables through the tables of sptes, sets A and D, and fills its TLB.
 
 With two-dimensional paging each entry of the guest's tables has a guest physical address, which is translated like the final
-one (AMD APM volume 2, 15.25.5; SDM volume 3, 29.3.3): up to 4 x 4 + 4 + 4 = 24 reads. Without it (guest paging off, in this
-part) the processor walks the sptes alone. No paging-structure cache is modelled.
+one (AMD APM volume 2, 15.25.5; SDM volume 3, 29.3.3): up to 4 x 4 + 4 + 4 = 24 reads. Without it the processor walks the sptes
+alone, by the guest's virtual address, and sets A and D only there. No paging-structure cache is modelled.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import fetch_or, inner, load
-from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
+from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
 from fastmmu.machine_state import PML_ENTRIES, Counter, Status, Touch, VcpuWord, VmWord
 from fastmmu.memslot import mark_dirty, note_write, slot_by_gfn
 from fastmmu.paging import LONG4
 from fastmmu.permission import key_fault, permission_fault
-from fastmmu.shadow import count
-from fastmmu.spte import entry_of, is_last, is_writable, pfn_of
+from fastmmu.pool import NO_TABLE, count
+from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_last, is_writable, pfn_of
 from fastmmu.state import NO_SLOT, Reg
 from fastmmu.tlb import flush, insert, lookup
 from fastmmu.walk import (
@@ -42,15 +42,17 @@ ADDRESS_32 = field(31, 0)
 POINTER_MASK = NPT_SPTE.MMU_PRESENT | NPT_SPTE.PS
 ENTRY_SHIFT = np.uint64(3)
 FETCH_SHIFT = np.uint64(4 - 1)
+FOUR_ROOTS = ALL_ONES  # instead of a root: the four of PAE paging
 NOWHERE = ALL_ONES  # instead of the index of an spte: the entry faults
 
 
-@inner
-def root_for(vm, vcpu, gfn):
-    """(table, level) at which the walk of the sptes begins: with PAE roots each stands for 1 GiB."""
-    if vm.word[VmWord.ROOT_LEVEL] != PAE_LEVEL:
-        return vcpu.own[VcpuWord.ROOT], vm.word[VmWord.ROOT_LEVEL]
-    return vcpu.own[np.uint64(VcpuWord.PAE_ROOT) + ((gfn >> PAE_ROOT_SHIFT) & PAE_ROOT_MASK)], PAE_LEVEL
+@inner(inline=True)
+def root_for(vm, vcpu, page):
+    """(table, level) at which the walk of the sptes begins, by page number of the address; NO_TABLE where a PAE root is missing."""
+    own = vcpu.own
+    if own[VcpuWord.ROOT_LEVEL] != PAE_LEVEL:
+        return own[VcpuWord.ROOT], own[VcpuWord.ROOT_LEVEL]
+    return own[np.uint64(VcpuWord.PAE_ROOT) + ((page >> PAE_ROOT_SHIFT) & PAE_ROOT_MASK)], PAE_LEVEL
 
 
 @inner
@@ -160,6 +162,70 @@ def leaves(address, pferr):
 
 
 @inner
+def not_plain():
+    """What a plain walk answers where the case is not plain."""
+    return Touch(Status.STOP, ZERO, ZERO, ZERO)
+
+
+@inner
+def rights_of(word, spte):
+    """ACC form of what a leaf grants, under shadow paging."""
+    rights = spte & (ACC.W | ACC.U)
+    return rights | ACC.X if is_executable(word, spte) else rights
+
+
+@inner
+def leaf_gpa(gva, spte, level):
+    """Guest physical address of `gva` in the page of a leaf spte."""
+    page = gva >> PAGE_SHIFT
+    return ((pfn_of(spte) | (page - frame_at(page, level))) << PAGE_SHIFT) | (gva & PAGE_OFFSET)
+
+
+@inner
+def remember_leaf(vm, vcpu, gva, spte, level):
+    """Fill the TLB from a leaf under shadow paging, as a walk leaves it: the gpa."""
+    gpa, writable = leaf_gpa(gva, spte, level), vm.word[VmWord.USE_WRITE]
+    insert(vcpu.tlb, gva, gpa, rights_of(vm.word, spte), level, spte & writable == writable, is_executable(vm.word, spte))
+    return gpa
+
+
+@inner
+def walk_shadow(vm, vcpu, gva, access):
+    """Translate `gva` by the sptes alone; all that KVM put into them is final."""
+    page = gva >> PAGE_SHIFT
+    table, level = root_for(vm, vcpu, page)
+    if table == NO_TABLE:
+        return leaves(gva, access & ACCESS_BITS)
+    index, pferr = walk_sptes(vm, table, level, page, access & ACCESS_BITS)
+    if index == NOWHERE:
+        return leaves(gva, pferr)
+    paging = vcpu.mmu.reg[Reg.MODE] != MODE_NONE
+    if paging and permission_fault(vcpu.mmu, rights_of(vm.word, vm.spt[index]), access):
+        return leaves(gva, (access & ACCESS_BITS) | PFERR.P)
+    level = np.uint64(vm.page[index >> INDEX_BITS]["level"])
+    spte = use_spte(vm, vcpu, index, ZERO, access & PFERR.W != ZERO)
+    return Touch(Status.DONE, remember_leaf(vm, vcpu, gva, spte, level), ZERO, ZERO)
+
+
+@inner(inline=True)
+def walk_shadow_plainly(vm, vcpu, gva, access):
+    """The plain case of it: nothing denied, A and D set."""
+    page, word = gva >> PAGE_SHIFT, vm.word
+    table, level = root_for(vm, vcpu, page)
+    if table == NO_TABLE:
+        return not_plain()
+    spte = load(vm.spt, entry_of(table, page, level))
+    while spte & POINTER_MASK == NPT_SPTE.MMU_PRESENT and level > ONE:
+        level -= ONE
+        spte = load(vm.spt, entry_of(pfn_of(spte), page, level))
+    kind = ((access & PFERR.W) >> ONE) | ((access & PFERR.F) >> FETCH_SHIFT)
+    needed, forbidden = word[np.uint64(VmWord.USE_READ) + kind], word[np.uint64(VmWord.NOT_READ) + kind]
+    if spte & (needed | forbidden) != needed or permission_fault(vcpu.mmu, rights_of(word, spte), access):
+        return not_plain()
+    return Touch(Status.DONE, remember_leaf(vm, vcpu, gva, spte, level), ZERO, ZERO)
+
+
+@inner
 def set_guest_bits(vm, vcpu, mode, table, gva, leaf_level, write):
     """Set A from the top table down to the leaf, and D in the leaf of a write. False when an entry had changed meanwhile."""
     level = mode.levels
@@ -252,12 +318,6 @@ def is_usable(spt, table, level, gfn, needed, forbidden):
     return spte & (needed | forbidden) == needed, spte
 
 
-@inner
-def not_plain():
-    """What a plain walk answers where the case is not plain."""
-    return Touch(Status.STOP, ZERO, ZERO, ZERO)
-
-
 @inner(inline=True)
 def walk_plainly(vm, vcpu, gva, access):
     """The plain case of a walk in two dimensions: 4-level paging, nothing denied, every A and D already set, in both dimensions.
@@ -265,8 +325,11 @@ def walk_plainly(vm, vcpu, gva, access):
     One masked compare for each entry stands for all checks. DONE fills the TLB as the exact walk would; EXIT is a fault of the
     final address; STOP says only that the case is not plain.
     """
-    word, plain = vm.word, plain_for(vcpu.mmu, access)
-    if plain.mode != MODE_LONG4 or word[VmWord.TDP] == ZERO:
+    word = vm.word
+    if word[VmWord.TDP] == ZERO:
+        return walk_shadow_plainly(vm, vcpu, gva, access)
+    plain = plain_for(vcpu.mmu, access)
+    if plain.mode != MODE_LONG4:
         return not_plain()
     root, top = vcpu.own[VcpuWord.ROOT], word[VmWord.ROOT_LEVEL]
     needed = word[VmWord.USE_TABLE]
@@ -336,6 +399,8 @@ def access_gpa(vm, vcpu, gpa, access):
 @inner
 def walk_and_insert(vm, vcpu, gva, access):
     """Walk, and remember the translation."""
+    if vm.word[VmWord.TDP] == ZERO:
+        return walk_shadow(vm, vcpu, gva, access)
     touched, level, rights, dirty = walk_guest(vm, vcpu, gva, access)
     if touched.status != Status.DONE:
         return touched

@@ -13,14 +13,15 @@ from fastmmu.bits import MMIO_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, ZERO
 from fastmmu.dirty_log import bitmap_words, word_of_pages
 from fastmmu.machine_state import Request, VmWord
 from fastmmu.memslot import LOG, is_readonly, logs_dirty, slot_by_id
-from fastmmu.shadow import ask, drop_leaf, flush_remote, rmap_index, set_page_limit, zap_obsolete
+from fastmmu.pool import ask, flush_remote
+from fastmmu.rmap import MAX_HUGE_LEVEL, drop_leaves, rmap_index
+from fastmmu.shadow import set_page_limit, zap_obsolete
 from fastmmu.spte import frame_at, pages_at
 from fastmmu.state import NO_SLOT, Reg
 from fastmmu.tdp import invalidate_root, zap_leafs
 
 ADDRESS_SPACES = np.uint64(2)  # system management mode has its own slots: generations advance by two (facts 3.4.5)
 PAGES_PER_SHADOW_PAGE, MIN_SHADOW_PAGES = np.uint64(50), np.uint64(64)
-TOP_LEVEL = np.uint64(3)
 
 
 @inner
@@ -130,13 +131,10 @@ def unmap(vm, stat, start, end):
             zapped |= zap_leafs(vm, stat, low, high)
             continue
         level = ONE
-        while level <= TOP_LEVEL:
+        while level <= MAX_HUGE_LEVEL:
             gfn = frame_at(low, level)
             while gfn < high:
-                index = vm.slot_words[rmap_index(slot, max(gfn, slot["base"]), level)]
-                if index != ZERO:
-                    drop_leaf(vm, stat, index)
-                    zapped = True
+                zapped |= drop_leaves(vm, stat, rmap_index(slot, max(gfn, slot["base"]), level))
                 gfn += pages_at(level)
             level += ONE
     if zapped:

@@ -16,12 +16,17 @@ class Kvm:
     """How KVM runs a VM: its module parameters, its hardware, and the processor's own properties.
 
     Attributes:
-        tdp: two-dimensional paging; without it the guest must run without paging.
+        tdp: two-dimensional paging; without it the guest's tables are shadowed.
         tdp_mmu: the TDP MMU, else the shadow MMU's direct map.
         ept: sptes and error codes of EPT, else of NPT.
         ad: the processor sets A and D in sptes.
         nx_huge_pages, eager_page_split, mmio_caching: as the parameters of that name.
         mmio_info: the MMIO info cache.
+        cached_roots: three roots besides the current one are kept (shadow paging).
+        sync_skips_unchanged: a sync leaves an spte alone whose rights, as kept beside its gfn, did not change (since Linux 6.4).
+        last_slot: the memslot found last is tried first.
+        prefetch: a fault maps neighbours too (shadow pages).
+        force_sync_on_reuse: a kept root is synced and flushed when it comes into use again (force_flush_and_sync_on_reuse).
         pml: page-modification logging; needs tdp and ad.
         manual_protect, initially_set: the dirty-log capability.
         page_1g: huge pages of 1 GiB.
@@ -42,6 +47,11 @@ class Kvm:
     eager_page_split: bool = True
     mmio_caching: bool = True
     mmio_info: bool = True
+    cached_roots: bool = True
+    sync_skips_unchanged: bool = False
+    last_slot: bool = True
+    prefetch: bool = True
+    force_sync_on_reuse: bool = False
     pml: bool = False
     manual_protect: bool = False
     initially_set: bool = False
@@ -77,8 +87,9 @@ class Kvm:
 
 
 FLAGS = (
-    "tdp", "tdp_mmu", "ept", "ad", "nx_huge_pages", "eager_page_split", "mmio_caching", "mmio_info", "pml", "manual_protect",
-    "initially_set", "page_1g", "tlb_flushed_on_exit", "accessed_while_walking", "reserved_without_present",
+    "tdp", "tdp_mmu", "ept", "ad", "nx_huge_pages", "eager_page_split", "mmio_caching", "mmio_info", "cached_roots",
+    "sync_skips_unchanged", "last_slot", "prefetch", "force_sync_on_reuse", "pml", "manual_protect", "initially_set",
+    "page_1g", "tlb_flushed_on_exit", "accessed_while_walking", "reserved_without_present",
 )  # fmt: skip
 
 
@@ -115,7 +126,9 @@ def set_spte_masks(word: np.ndarray, kvm: Kvm) -> None:
         }
     for which, mask in masks.items():
         word[which] = mask
-    present = NPT_SPTE.MMU_PRESENT | word[VmWord.PRESENT] | word[VmWord.USER] | word[VmWord.ACCESSED]
+    present = NPT_SPTE.MMU_PRESENT | word[VmWord.PRESENT] | word[VmWord.ACCESSED]
+    if kvm.tdp:
+        present |= word[VmWord.USER]  # under shadow paging only user accesses need it
     word[VmWord.USE_READ] = present
     word[VmWord.USE_WRITE] = present | NPT_SPTE.W | word[VmWord.DIRTY]
     word[VmWord.USE_FETCH] = present | word[VmWord.EXECUTE]

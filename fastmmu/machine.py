@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmmu.bits import GPTE64, PAGE_SIZE, PFERR, PHYSICAL_LIMIT, field
+from fastmmu.bits import CR4, GPTE64, PAGE_SIZE, PHYSICAL_LIMIT
 from fastmmu.checks import checked_int
 from fastmmu.drive import drive
-from fastmmu.events import EVENT, EventList, Op
+from fastmmu.event_checks import Limits, MemslotInfo, check_events
+from fastmmu.events import EventList, Op
 from fastmmu.kvm import FLAGS, Kvm, set_spte_masks
 from fastmmu.machine_state import (
     LOG,
@@ -34,12 +35,11 @@ from fastmmu.machine_state import (
 from fastmmu.memory import GuestMemory, reserve
 from fastmmu.paging import Cpu, Mode, PlainColumn, permission_bytes, plain_checks, reserved_masks
 from fastmmu.processor import load_registers
+from fastmmu.rmap import DESC_WORDS
 from fastmmu.state import TRAIL_LENGTH, MemoryState, MmuState, Reg, SlotKind
 
 LOG_ROWS = 1 << 14
 SLOT_WORDS = 1 << 33  # room for what memslots keep by page: 32 TiB of memory; it costs only what is used
-PARAMETERS = (VmWord.NX_HUGE_PAGES, VmWord.EAGER_PAGE_SPLIT)
-"""Module parameters that may change while a VM runs."""
 
 
 class MachineError(RuntimeError):
@@ -59,16 +59,6 @@ class Run:
     address: int
     code: int
     log: np.ndarray
-
-
-@dataclass(frozen=True)
-class MemslotInfo:
-    """A memslot as Python follows it: byte addresses, flags, and its row among the prepared ones."""
-
-    start: int
-    end: int
-    flags: int
-    row: int
 
 
 class Machine:
@@ -93,7 +83,7 @@ class Machine:
             tables: capacity for tables of sptes; 4 KiB each, as far as they are used.
 
         Raises:
-            ValueError: a value out of range; NotBuilt: PAE paging in the guest.
+            ValueError: a value out of range; NotBuilt: PAE paging in the guest with two-dimensional paging.
         """
         if not isinstance(kvm, Kvm) or not isinstance(cpu, Cpu):
             raise ValueError(f"expected a Kvm and a Cpu, not {type(kvm).__name__} and {type(cpu).__name__}")
@@ -120,19 +110,21 @@ class Machine:
         for name in FLAGS:
             if name != "page_1g":
                 word[VmWord[name.upper()]] = getattr(kvm, name)
-        word[VmWord.ROOT_LEVEL] = (5 if self._maxphyaddr > 48 else 4) if kvm.tdp else 2
+        word[VmWord.ROOT_LEVEL] = 5 if self._maxphyaddr > 48 else 4
         word[VmWord.MAX_LEVEL] = 3 if kvm.page_1g else 2
         set_spte_masks(word, kvm)
         word[VmWord.GENERATION] = kvm.generation
-        word[VmWord.MAX_GFN] = (1 << (kvm.host_maxphyaddr - 12)) - 1
+        word[VmWord.MAX_GFN] = (1 << ((kvm.host_maxphyaddr if kvm.tdp else 52) - 12)) - 1
         word[VmWord.FRESH_TABLE] = 1
+        word[VmWord.FRESH_DESC] = DESC_WORDS
         word[VmWord.STOP_WHEN_FULL] = 1
         word[VmWord.MAX_PAGES] = 64
         mem = MemoryState(self.memory.words, self.memory.state.halves, np.zeros(1, MEMSLOT), np.int64(0), np.uint64(0))
-        spt = np.zeros(tables * TABLE_WORDS, np.uint64)
+        spt, shadowed = (np.frombuffer(reserve(tables * PAGE_SIZE), np.uint64) for _ in range(2))
+        desc = np.frombuffer(reserve(tables * TABLE_WORDS * int(DESC_WORDS) * 8), np.uint64)
         slot_words = np.frombuffer(reserve(SLOT_WORDS * 8), np.uint64)
         self.slot_words_used = 0
-        self.vm = KvmState(mem, spt, np.zeros(tables, SHADOW_PAGE), slot_words, word)
+        self.vm = KvmState(mem, spt, shadowed, desc, np.zeros(tables, SHADOW_PAGE), slot_words, word)
 
     def _make_vcpus(self, cpu: Cpu) -> None:
         count, (sets, ways) = self.vcpus, self.kvm.tlb
@@ -153,7 +145,7 @@ class Machine:
         """Row of these registers, for MODE and REGISTERS events.
 
         Raises:
-            ValueError: another MAXPHYADDR than the machine's; NotBuilt: PAE.
+            ValueError: another MAXPHYADDR than the machine's, protection keys under shadow paging; NotBuilt: PAE with tdp.
         """
         if not isinstance(cpu, Cpu):
             raise ValueError(f"cpu: {type(cpu).__name__}, expected a Cpu")
@@ -161,9 +153,12 @@ class Machine:
             return self._cpus.index(cpu)
         if cpu.maxphyaddr != self._maxphyaddr:
             raise ValueError(f"maxphyaddr: {cpu.maxphyaddr}, expected {self._maxphyaddr}, the machine's")
-        if cpu.mode == Mode.PAE:
-            raise NotBuilt("PAE paging in the guest")
-        self._check_cr3(cpu.cr3)
+        if cpu.mode == Mode.PAE and self.kvm.tdp:
+            raise NotBuilt("PAE paging in the guest with two-dimensional paging")
+        if not self.kvm.tdp and cpu.cr4 & int(CR4.PKE):
+            raise ValueError("cr4: PKE, expected none without tdp: KVM offers no protection keys under shadow paging")
+        if cpu.cr3 & int(GPTE64.ADDR) >> self._maxphyaddr << self._maxphyaddr:
+            raise ValueError(f"cr3: {cpu.cr3:#x}, expected an address of {self._maxphyaddr} bits")
         self._cpus.append(cpu)
         reg = np.zeros((len(self._cpus), len(Reg)), np.uint64)
         for row, one in zip(reg, self._cpus, strict=True):
@@ -248,7 +243,7 @@ class Machine:
             The run; its log is a copy.
 
         Raises:
-            ValueError: an event that cannot be replayed; NotBuilt: guest paging without tdp; MachineError: see there.
+            ValueError: an event that cannot be replayed; MachineError: see there.
         """
         if not checked:
             self.check(events)
@@ -269,8 +264,6 @@ class Machine:
                 word[VmWord.LOGGED], first = 0, stopped
         finally:
             self._follow_slots()
-        if stop == Stop.SHADOW_PAGING:
-            raise NotBuilt("shadow paging")
         if stop in ERRORS:
             address, code = int(word[VmWord.STOP_ADDRESS]), int(word[VmWord.STOP_CODE])
             raise MachineError(f"event {stopped}, address {address:#x}, access {code:#x}: {ERRORS[stop]}")
@@ -305,7 +298,8 @@ class Machine:
         """KVM's counters and ours about the processor, by name, of the VM and all its vCPUs."""
         totals = self.state.stat.sum(axis=0)
         counters = {counter.name.lower(): int(totals[counter]) for counter in Counter}
-        counters["max_mmu_page_hash_collisions"] = int(self.state.stat[:, Counter.MAX_MMU_PAGE_HASH_COLLISIONS].max())
+        for maximum in (Counter.MAX_MMU_RMAP_SIZE, Counter.MAX_MMU_PAGE_HASH_COLLISIONS):
+            counters[maximum.name.lower()] = int(self.state.stat[:, maximum].max())
         return counters
 
     def _report_words(self, slot: int) -> tuple[np.ndarray, int]:
@@ -338,87 +332,22 @@ class Machine:
         bits[numbers.astype(np.int64)] = True
         words[:] = np.packbits(bits, bitorder="little").view(np.uint64)
 
-    # --- checking what goes into it
-
-    def _check_cr3(self, cr3: int) -> None:
-        if cr3 & int(GPTE64.ADDR) >> self._maxphyaddr << self._maxphyaddr:
-            raise ValueError(f"cr3: {cr3:#x}, expected an address of {self._maxphyaddr} bits")
-
     def check(self, events: np.ndarray) -> None:
         """Refuse what compiled code would trust.
 
         Raises:
             ValueError: naming the event and what was expected.
         """
-        if not isinstance(events, np.ndarray) or events.dtype != EVENT or events.ndim != 1:
-            raise ValueError(f"events: {getattr(events, 'dtype', type(events).__name__)}, expected EVENT rows")
-        op, access, address, value = (events[name] for name in ("op", "access", "address", "value"))
+        check_events(events, self._limits(), self.slots, self._prepared)
 
-        def refuse(bad: np.ndarray, column: str, expected: str) -> None:
-            if bad.any():
-                at = int(np.flatnonzero(bad)[0])
-                name = Op(int(op[at])).name if op[at] < len(Op) else "event"
-                raise ValueError(f"event {at}, {name}: {column} {int(events[column][at]):#x}, expected {expected}")
-
-        refuse(op >= len(Op), "op", f"an operation up to {len(Op) - 1}")
-        refuse(op == Op.GENERATION, "op", "memslot events instead: the machine keeps the generation")
-        touches, data = np.isin(op, ACCESSES), np.isin(op, DATA)
-        known = np.uint8(PFERR.W | PFERR.U | PFERR.F)
-        refuse(touches & (access & ~known != 0), "access", "W, U and F alone")
-        refuse(
-            touches & (access & known & np.uint8(PFERR.W | PFERR.F) == PFERR.W | PFERR.F), "access", "a write or a fetch, not both"
+    def _limits(self) -> Limits:
+        return Limits(
+            maxphyaddr=self._maxphyaddr,
+            width=57 if any(cpu.mode == Mode.LONG5 for cpu in self._cpus) else 48,
+            pcids=any(cpu.cr4 & int(CR4.PCIDE) for cpu in self._cpus),
+            vcpus=self.vcpus,
+            registers=len(self._cpus),
         )
-        refuse(data & ((events["size"] == 0) | (events["size"] > 8)), "size", "1 to 8 bytes")
-        refuse(data & (access & np.uint8(PFERR.F) != 0), "access", "no fetch")
-        refuse((op == Op.LOAD) & (access & np.uint8(PFERR.W) != 0), "access", "a read")
-        refuse(np.isin(op, (Op.WRITE, Op.EXCHANGE)) & (access & np.uint8(PFERR.W) == 0), "access", "a write")
-        behind = np.append(op[1:], len(Op))
-        refuse((op == Op.EXCHANGE) & (behind != Op.OPERAND), "op", "an OPERAND event behind it")
-        width = 57 if any(cpu.mode == Mode.LONG5 for cpu in self._cpus) else 48
-        last = address + np.where(data, events["size"], 1).astype(np.uint64) - np.uint64(1)
-        canonical = is_canonical(address, width) & is_canonical(last, width) & (last >= address)
-        refuse((touches | (op == Op.INVLPG)) & ~canonical, "address", "a canonical address")
-        bits = self._maxphyaddr if self.kvm.tdp else 32
-        bad_store = (address & np.uint64(7) != 0) | (address >= np.uint64(1 << bits))
-        refuse((op == Op.STORE) & bad_store, "address", f"a multiple of 8 below 2^{bits}")
-        outside = value & GPTE64.ADDR & ~field(self._maxphyaddr - 1, 0) != 0
-        refuse((op == Op.CR3) & outside, "value", f"an address of {self._maxphyaddr} bits")
-        refuse((op == Op.VCPU) & (value >= self.vcpus), "value", f"a vCPU below {self.vcpus}")
-        refuse(np.isin(op, (Op.MODE, Op.REGISTERS)) & (value >= len(self._cpus)), "value", "a row of registers()")
-        refuse((op == Op.PARAMETER) & (~np.isin(address, PARAMETERS) | (value > 1)), "address", "NX_HUGE_PAGES or EAGER_PAGE_SPLIT")
-        refuse((op == Op.PAGE_LIMIT) & (value < 64), "value", "at least 64, as KVM demands")
-        page = np.uint64(PAGE_SIZE - 1)
-        span = (address & page != 0) | (value & page != 0) | (address >= value) | (value > PHYSICAL_LIMIT)
-        refuse((op == Op.UNMAP) & span, "address", "a range of whole pages")
-        self._check_slots(events)
-
-    def _check_slots(self, events: np.ndarray) -> None:
-        """Follow memslots through the stream: ids must exist, slots must not overlap."""
-        slots = dict(self.slots)
-        for at in np.flatnonzero(np.isin(events["op"], SLOT_EVENTS)).tolist():
-            op, identity, value = Op(int(events["op"][at])), int(events["address"][at]), int(events["value"][at])
-
-            def refuse(bad: bool, column: str, expected: str, at: int = at, op: Op = op) -> None:
-                if bad:
-                    raise ValueError(f"event {at}, {op.name}: {column} {int(events[column][at]):#x}, expected {expected}")
-
-            if op == Op.SLOT_CREATE:
-                refuse(value >= len(self._prepared), "value", "a row of prepare_slot()")
-                row = self._prepared[value]
-                start, end, identity = (int(row[name]) for name in ("start", "end", "id"))
-                clash = identity in slots or any(start < other.end and other.start < end for other in slots.values())
-                refuse(clash, "value", f"a free id and range; slot {identity} is taken or overlaps another")
-                slots[identity] = MemslotInfo(start, end, int(row["flags"]), value)
-                continue
-            refuse(identity not in slots, "address", "the id of a memslot")
-            old = slots[identity]
-            if op == Op.SLOT_DELETE:
-                del slots[identity]
-            elif op == Op.SLOT_FLAGS:
-                refuse((value ^ old.flags) & ~int(SlotFlag.LOG_DIRTY_PAGES) != 0, "value", "no flag changed but LOG_DIRTY_PAGES")
-                slots[identity] = MemslotInfo(old.start, old.end, value, old.row)
-            else:
-                refuse(not old.flags & SlotFlag.LOG_DIRTY_PAGES, "address", "a memslot that logs dirty pages")
 
     def _follow_slots(self) -> None:
         """The memslots as the run left them."""
@@ -431,18 +360,10 @@ class Machine:
         }
 
 
-def is_canonical(gva: np.ndarray, width: int) -> np.ndarray:
-    """Whether the bits of an address from `width` - 1 up are all the same."""
-    shift = np.uint64(64 - width)
-    return ((gva << shift).view(np.int64) >> shift.astype(np.int64)).view(np.uint64) == gva
-
-
-ACCESSES = (Op.ACCESS, Op.DEVICE, Op.LOAD, Op.WRITE, Op.EXCHANGE)
-DATA = (Op.LOAD, Op.WRITE, Op.EXCHANGE)
-SLOT_EVENTS = (Op.SLOT_CREATE, Op.SLOT_DELETE, Op.SLOT_FLAGS, Op.DIRTY_GET, Op.DIRTY_CLEAR)
 ERRORS = {
     Stop.NO_TABLES: "the machine's pool of tables is used up, expected a larger `tables`",
     Stop.NO_PAGES: "no shadow page is free under the limit: KVM_RUN fails with ENOSPC",
     Stop.NO_PROGRESS: "the access faults for ever: the guest makes no progress",
+    Stop.TRIPLE_FAULT: "the guest's top page table lies outside every memslot: KVM shuts it down",
     Stop.DEVICE_FETCH: "an instruction fetched from a device: KVM cannot emulate it",
 }

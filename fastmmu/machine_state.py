@@ -30,7 +30,7 @@ MEMSLOT = np.dtype([
     ("written", np.uint64),  # what was written since it was last reported (for the audit),
     ("report", np.uint64),  # the bitmap that a DIRTY_GET returns, or a DIRTY_CLEAR takes,
     ("disallow", np.uint64, 4),  # by level: counts of reasons against a huge page, one word each huge frame,
-    ("rmap", np.uint64, 4),  # by level: the spte that maps each frame, 0 for none
+    ("rmap", np.uint64, 4),  # by level: for each frame the list of the sptes that map it
 ])  # fmt: skip
 """A memslot. A row whose start equals its end holds no slot."""
 
@@ -91,20 +91,40 @@ class VmWord(IntEnum):
     SUPPLIED = 46  # device data taken
     LOG_FAULTS = 47  # log each fault that exits
     LOG_ACCESSES = 48  # log where each access went
-    STOP_WHEN_FULL = 52  # end the replay when the log is nearly full
     STOP_AT_FAULT = 49  # a guest #PF ends the replay
     MAX_GFN = 50  # beyond it no MMIO spte is made
-    VCPUS = 53
-    USE_TABLE = 54  # what a leaf spte must hold for the processor to go through it without more ado: to a guest table,
-    USE_READ = 55  # for a read,
-    USE_WRITE = 56  # a write,
-    USE_FETCH = 57  # a fetch;
-    NOT_READ = 58  # and what it must not hold, for each of the three
-    NOT_WRITE = 59
-    NOT_FETCH = 60
-    HASH = 61  # first of the 4096 buckets
+    STOP_WHEN_FULL = 51  # end the replay when the log is nearly full
+    VCPUS = 52
+    USE_TABLE = 53  # what a leaf spte must hold for the processor to go through it without more ado: to a guest table,
+    USE_READ = 54  # for a read,
+    USE_WRITE = 55  # a write,
+    USE_FETCH = 56  # a fetch;
+    NOT_READ = 57  # and what it must not hold, for each of the three
+    NOT_WRITE = 58
+    NOT_FETCH = 59
+    # what is remembered, as far as it can be switched
+    CACHED_ROOTS = 60  # three roots besides the current one
+    SYNC_SKIPS_UNCHANGED = 61  # a sync leaves an spte alone whose rights did not change
+    LAST_SLOT = 62  # the memslot found last is tried first
+    PREFETCH = 63  # of a fault's neighbours
+    FORCE_SYNC_ON_REUSE = 64  # the parameter force_flush_and_sync_on_reuse
+    # state of shadow paging
+    INDIRECT_PAGES = 65  # shadow pages of guest tables
+    FREE_DESC = 66  # first of the descriptors that were freed, 0 for none
+    FRESH_DESC = 67  # first that was never used
+    ZAPPED = 68  # first of the shadow pages that are to be freed, 0 for none
+    VECTOR_LENGTH = 69  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
+    VECTOR_TABLE = 70  # the pages,
+    VECTOR_INDEX = VECTOR_TABLE + 16  # and which entry of the page above points to each;
+    STACK_TABLE = VECTOR_INDEX + 16  # by level, the page that the walk is in,
+    STACK_INDEX = STACK_TABLE + 6  # the entry that it looks at next,
+    STACK_FOUND = STACK_INDEX + 6  # how many unsync leaves it found below,
+    PATH_TABLE = STACK_FOUND + 6  # and the way to the page looked at
+    PATH_INDEX = PATH_TABLE + 6
+    HASH = PATH_INDEX + 6  # first of the 4096 buckets
 
 
+VECTOR_SIZE = 16
 HASH_BUCKETS = 4096
 REQUESTS = VmWord.HASH + HASH_BUCKETS
 
@@ -155,7 +175,7 @@ class VcpuWord(IntEnum):
     """Words of a vCPU."""
 
     ROOT = 0  # table that the processor walks, 0 for none; with PAE roots 1 stands for the four
-    PAE_ROOT = 1  # first of the four
+    PAE_ROOT = 1  # first of the four, 0 for one that the guest has not
     NUMBER = 5
     FETCHED = 6  # gva of the last fetch: where an instruction is fetched again after an exit
     FETCH_ACCESS = 7  # and the access; 0 before the first
@@ -166,7 +186,16 @@ class VcpuWord(IntEnum):
     EFER = 12
     MMIO = 13  # the MMIO info cache: the words of Mmio,
     MMIO_GENERATION = 16  # and the memslot generation it is of
-    PML_LOG = 17  # gfns that page-modification logging noted
+    ROOT_LEVEL = 17  # of the table that the processor walks; 2 with PAE roots
+    ROOT_ROLE = 18  # role of its shadow page; under shadow paging it follows from the registers
+    PGD = 19  # value of CR3 that the root is for
+    PREVIOUS_ROOT = 20  # the roots kept besides, the newest first,
+    PREVIOUS_PGD = 23  # and theirs
+    INJECTED = 26  # error code of the #PF that KVM injects
+    PML_LOG = 27  # gfns that page-modification logging noted
+
+
+PREVIOUS_ROOTS = 3
 
 
 class Request(IntEnum):
@@ -176,19 +205,26 @@ class Request(IntEnum):
     FREE_OBSOLETE_ROOTS = 2
     LOAD_ROOT = 4
     TLB_FLUSH_CURRENT = 8
+    MMU_SYNC = 16
+    TLB_FLUSH_GUEST = 32
 
 
 SHADOW_PAGE = np.dtype([
-    ("gfn", np.uint64),  # first gfn mapped
-    ("parent", np.uint64),  # spte that points here, 0 for none
+    ("gfn", np.uint64),  # first gfn mapped; of an indirect page: the guest's table
+    ("parents", np.uint64),  # list of the sptes that point here (see rmap.py)
+    ("unsync_entries", np.uint64, 8),  # a bit for each entry that leads, or led, to an unsync page
     ("role", np.uint32),  # ROLE bits; 0 for a table not in use
-    ("roots", np.uint32),  # how many vCPUs have it as their root
+    ("roots", np.uint32),  # how many times vCPUs have it as a root, current or kept
     ("next", np.uint32),  # in its hash bucket, or on the list of free tables
     ("older", np.uint32),
     ("newer", np.uint32),
+    ("work", np.uint32),  # next on a list of work
+    ("unsync_children", np.uint32),  # how many bits of unsync_entries are set
     ("level", np.uint8),
     ("generation", np.uint8),  # VALID_GENERATION when it was made
     ("nx_split", np.uint8),  # counted in nx_lpage_splits: a fetch may not use the huge page that could stand here
+    ("unsync", np.uint8),  # the guest may write its table unseen
+    ("floods", np.uint8),  # emulated writes to its table since it was last gone through
 ], align=True)  # fmt: skip
 """What KVM knows of one table of sptes, shadow page or table of the TDP MMU (facts 5.11)."""
 
@@ -202,6 +238,7 @@ class LogKind(IntEnum):
     LOADED = 3  # address: gva, size, value: data
     EXIT = 4  # a fault that exits to KVM; address, value: error code
     ACCESSED = 5  # address: gva, value: gpa
+    GENERAL_PROTECTION = 6  # delivered to the guest; address: the value that CR3 did not take
 
 
 LOG = np.dtype([
@@ -225,7 +262,7 @@ class Stop(IntEnum):
     NO_PAGES = 5  # KVM's own limit leaves no shadow page: KVM_RUN fails with ENOSPC
     NO_PROGRESS = 6  # an access faults for ever
     DEVICE_FETCH = 7  # an instruction would be fetched from a device: KVM gives up
-    SHADOW_PAGING = 8  # the guest pages without two-dimensional paging
+    TRIPLE_FAULT = 8  # the guest's top table lies outside every memslot
 
 
 class Outcome(IntEnum):
@@ -238,6 +275,7 @@ class Outcome(IntEnum):
     SPURIOUS = 6
     NO_TABLES = 7  # as the Stop of that name
     NO_PAGES = 8
+    INJECT = 9  # a #PF for the guest: VcpuWord.INJECTED has its code
 
 
 class Status(IntEnum):
@@ -264,6 +302,8 @@ class KvmState(NamedTuple):
 
     mem: MemoryState  # slots: MEMSLOT rows
     spt: np.ndarray  # uint64[tables * 512]: sptes; table i begins at i * 512, table 0 is never used
+    shadowed: np.ndarray  # uint64[tables * 512]: by leaf of an indirect shadow page, gfn << 12 | access (facts 8.3)
+    desc: np.ndarray  # uint64: descriptors of lists of sptes, 16 words each (see rmap.py)
     page: np.ndarray  # SHADOW_PAGE[tables]
     slot_words: np.ndarray  # uint64: what memslots keep by page
     word: np.ndarray  # uint64[VmWord.HASH + HASH_BUCKETS + vcpus]: behind the buckets each vCPU's Request bits

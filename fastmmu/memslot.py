@@ -25,6 +25,8 @@ def slot_by_gfn(vm, vcpu, gfn):
     """Row of the memslot that holds `gfn`, or NO_SLOT; the one found last is tried first, as KVM does."""
     slots = vm.mem.slots
     gpa = gfn << PAGE_SHIFT
+    if vm.word[VmWord.LAST_SLOT] == ZERO:
+        return find_slot(slots, gpa)
     last = np.int64(vcpu.own[VcpuWord.LAST_SLOT])
     if slots[last]["start"] <= gpa and gpa < slots[last]["end"]:
         return last

@@ -133,7 +133,8 @@ def pdpte_reserved(cpu: Cpu) -> int:
 def permission_bytes(cpu: Cpu) -> np.ndarray:
     """Permission table as uint8[16]: in the byte of a fault kind, bit `access` says that such a page faults (facts 1.4).
 
-    The fault kind is the error code's W, U, F and, at the place of RSVD, "SMAP does not apply", shifted right by one.
+    The fault kind is the error code's W, U, F and, at the place of RSVD, "SMAP does not apply", shifted right by one. With paging
+    off nothing faults.
     """
     write_protect = bool(cpu.cr0 & int(CR0.WP))
     nx, smep, smap = cpu.efer & int(EFER.NX), cpu.cr4 & int(CR4.SMEP), cpu.cr4 & int(CR4.SMAP)
@@ -144,7 +145,7 @@ def permission_bytes(cpu: Cpu) -> np.ndarray:
         smap_off = pferr & int(PFERR.RSVD)
         for access in range(int(ACC.ALL) + 1):
             page_w, page_u, page_x = access & int(ACC.W), access & int(ACC.U), access & int(ACC.X)
-            faults = (
+            faults = cpu.mode != Mode.NONE and (
                 (write and not page_w and (user or write_protect))
                 or (user and not page_u)
                 or (fetch and nx and not page_x)

@@ -35,6 +35,7 @@ def load_registers(reg: np.ndarray, cpu: Cpu) -> None:
     reg[Reg.LARGE] = GPTE64.PS if cpu.mode != Mode.TWO_LEVEL or cpu.cr4 & int(CR4.PSE) else 0
     reg[Reg.PKRU], reg[Reg.PKRS] = key_rights(cpu)
     reg[Reg.WP] = bool(cpu.cr0 & int(CR0.WP))
+    reg[Reg.PDPTE_RESERVED] = pdpte_reserved(cpu)
 
 
 @lru_cache(maxsize=64)

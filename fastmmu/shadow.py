@@ -1,7 +1,6 @@
-"""The pool of tables, and the shadow pages among them: role, hash, link, unlink, zap, the limit on their number.
+"""Shadow pages: role, look-up, creation, link, zap, the limit on their number (facts 5.7, 5.11, 5.13, 5.14).
 
-Facts 5.7, 5.11, 5.14. Tables of the TDP MMU come from the same pool but are neither hashed nor counted. A table is named by its
-row; its sptes begin at row * 512 in `spt`. An spte is named by its index there; index 0 is none.
+A *direct* page maps guest frames in order; an *indirect* one follows a table of the guest, which is write-protected, or unsync.
 """
 
 from __future__ import annotations
@@ -9,312 +8,298 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import inner
-from fastmmu.bits import ACC, ONE, PAGE_SHIFT, ROLE, ZERO, field
-from fastmmu.machine_state import HASH_BUCKETS, REQUESTS, TABLE_WORDS, Counter, Request, VmWord
+from fastmmu.bits import CR0, CR4, ONE, PAGE_SHIFT, ROLE, ZERO
+from fastmmu.leaf import sync_page
+from fastmmu.machine_state import Counter, Request, VmWord
 from fastmmu.memory import find_slot
-from fastmmu.spte import INDEX_BITS, is_leaf, is_mmio, is_table, make_table, pages_at, pfn_of
+from fastmmu.pool import (
+    INVALID,
+    NO,
+    NO_TABLE,
+    NONE,
+    TABLE_SIZE,
+    allocate,
+    ask,
+    bucket_of,
+    count,
+    enlist,
+    flush_remote,
+    forget_nx_split,
+    is_obsolete,
+    release,
+    unhash,
+    unlist,
+)
+from fastmmu.rmap import (
+    ACCESS_SHIFT,
+    MAX_HUGE_LEVEL,
+    add_parent,
+    at_cursor,
+    drop_leaf,
+    drop_parent,
+    first,
+    is_indirect,
+    write_protect,
+)
+from fastmmu.spte import INDEX_BITS, is_leaf, is_mmio, is_present, is_table, make_table, pfn_of
 from fastmmu.state import NO_SLOT
+from fastmmu.unsync import clear_path, first_leaf, mark_link, mark_synced, next_leaf, walk_unsync
+from fastmmu.walk import MODE_LONG4, MODE_NONE
 
-MULTIPLIER_HIGH, MULTIPLIER_LOW = np.uint64(0x61C88646), np.uint64(0x80B583EB)  # the golden ratio, as the kernel has it
-HALF_SHIFT, HALF_MASK = np.uint64(32), field(31, 0)
-BUCKET_SHIFT = np.uint64(32 - HASH_BUCKETS.bit_length() + 1)
-ACCESS_SHIFT = np.uint64(8)
-NO_TABLE = ZERO
 MIN_FREE_PAGES, REFILL_PAGES = np.uint64(5), np.uint64(25)
-INVALID = np.uint32(ROLE.INVALID)
-TABLE_SIZE = np.uint64(TABLE_WORDS)
-NONE, NO, YES = np.uint32(0), np.uint8(0), np.uint8(1)
-PAGES_4K = np.uint64(Counter.PAGES_4K)
+QUADRANT_SHIFT = np.uint64(5)
+ONE_ROOT = np.uint32(1)
+TWO = np.uint64(2)
+
+
+# --- role ------------------------------------------------------------------------------------------------------------------
 
 
 @inner
-def count(stat, which):
-    """Count one."""
-    stat[which] += 1
+def root_role(word, mode, cr0, cr4):
+    """Role of the roots for these registers, without level and quadrant: all rights (facts 5.11).
 
-
-@inner
-def flush_remote(word, stat):
-    """Ask for a flush of every vCPU's TLB, before it enters the guest again."""
-    count(stat, Counter.REMOTE_TLB_FLUSH_REQUESTS)
-    ask(word, np.uint64(Request.TLB_FLUSH))
-
-
-@inner
-def ask(word, which):
-    """Ask all vCPUs for something."""
-    for i in range(word[VmWord.VCPUS]):
-        word[REQUESTS + i] |= which
-
-
-@inner
-def count_leaf(stat, level, by):
-    """Leaf sptes of `level` became more by so many, an int; or fewer."""
-    stat[PAGES_4K + level - ONE] += by
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------------
-
-
-@inner
-def allocate(vm, gfn, level):
-    """A table of zeros, or NO_TABLE when the pool is used up."""
-    word = vm.word
-    table = word[VmWord.FREE_TABLE]
-    if table != NO_TABLE:
-        word[VmWord.FREE_TABLE] = np.uint64(vm.page[table]["next"])
-        vm.spt[table * TABLE_SIZE : (table + ONE) * TABLE_SIZE] = ZERO
-    else:
-        table = word[VmWord.FRESH_TABLE]  # never used: the memory under it is zero
-        if table >= np.uint64(len(vm.page)):
-            return NO_TABLE
-        word[VmWord.FRESH_TABLE] = table + ONE
-    page = vm.page[table]
-    page["gfn"], page["level"], page["parent"] = gfn, level, ZERO
-    page["role"] = np.uint32(level)
-    page["roots"] = page["next"] = page["older"] = page["newer"] = NONE
-    page["generation"] = word[VmWord.VALID_GENERATION]
-    page["nx_split"] = NO
-    return table
-
-
-@inner
-def release(vm, table):
-    """Give a table back."""
-    vm.page[table]["role"] = NONE
-    vm.page[table]["next"] = vm.word[VmWord.FREE_TABLE]
-    vm.word[VmWord.FREE_TABLE] = table
-
-
-@inner
-def forget_nx_split(vm, stat, table):
-    """A table that an execution had made is no longer one that could be a huge page."""
-    if vm.page[table]["nx_split"] != NO:
-        vm.page[table]["nx_split"] = NO
-        stat[Counter.NX_LPAGE_SPLITS] -= 1
-
-
-# --- reverse map -----------------------------------------------------------------------------------------------------------
-
-
-@inner
-def rmap_index(slot, gfn, level):
-    """Where the slot keeps the spte that maps the frame of `gfn` at `level`."""
-    shift = INDEX_BITS * (level - ONE)
-    return slot["rmap"][level] + (gfn >> shift) - (slot["base"] >> shift)
-
-
-@inner
-def rmap_set(vm, gfn, level, spte_index):
-    """A leaf of a shadow page maps `gfn` (direct maps: one spte for a frame and level, at most). 0 removes it."""
-    number = find_slot(vm.mem.slots, gfn << PAGE_SHIFT)
-    if number != NO_SLOT:
-        vm.slot_words[rmap_index(vm.mem.slots[number], gfn, level)] = spte_index
-
-
-# --- shadow pages ----------------------------------------------------------------------------------------------------------
-
-
-@inner
-def direct_role(word, level):
-    """Role word of a direct shadow page (facts 5.11)."""
-    role = ROLE.DIRECT | (ACC.ALL << ACCESS_SHIFT) | ROLE.EFER_NX | level
-    if word[VmWord.TDP] != ZERO:
-        role |= ROLE.CR0_WP
+    Under shadow paging KVM runs with EFER.NX whatever the guest has; what its other bits say about permissions is in the role.
+    """
+    role = ROLE.ACCESS | ROLE.EFER_NX
     if word[VmWord.AD] == ZERO:
         role |= ROLE.AD_DISABLED
-    return np.uint32(role)
+    if word[VmWord.TDP] != ZERO:
+        return role | ROLE.DIRECT | ROLE.CR0_WP
+    if mode == MODE_NONE:
+        return role | ROLE.DIRECT
+    if cr0 & CR0.WP != ZERO:
+        role |= ROLE.CR0_WP
+    else:
+        role |= ROLE.SMEP_ANDNOT_WP if cr4 & CR4.SMEP != ZERO else ZERO
+        role |= ROLE.SMAP_ANDNOT_WP if cr4 & CR4.SMAP != ZERO else ZERO
+    if cr4 & CR4.PAE == ZERO:
+        role |= ROLE.FOUR_BYTE_GPTE
+    return role
 
 
 @inner
-def bucket_of(gfn):
-    """Index in `word` of the hash bucket: the top bits of the gfn times the multiplier, modulo 2^64, without overflow."""
-    low, high = gfn & HALF_MASK, gfn >> HALF_SHIFT
-    top = (low * MULTIPLIER_LOW) >> HALF_SHIFT
-    top += (low * MULTIPLIER_HIGH) & HALF_MASK
-    top += (high * MULTIPLIER_LOW) & HALF_MASK
-    return np.uint64(VmWord.HASH) + ((top & HALF_MASK) >> BUCKET_SHIFT)
+def root_levels(word, mode):
+    """Level of the tables that a vCPU's walk begins in: 2 under the four PAE roots, which KVM uses wherever the guest is not in
+    long mode."""
+    if word[VmWord.TDP] != ZERO:
+        return word[VmWord.ROOT_LEVEL]
+    return mode if mode >= MODE_LONG4 else TWO
 
 
 @inner
-def is_obsolete(vm, table):
-    """Zapped while it was a root, or left over from before everything was zapped."""
-    page = vm.page[table]
-    return page["role"] & INVALID != NONE or np.uint64(page["generation"]) != vm.word[VmWord.VALID_GENERATION]
+def child_role(parent, index, access, direct):
+    """Role of the page under entry `index` of one with role `parent`: a table of 4-byte entries has two, each for half of it."""
+    role = parent & ~(ROLE.LEVEL | ROLE.ACCESS | ROLE.DIRECT | ROLE.QUADRANT)
+    role |= ((parent & ROLE.LEVEL) - ONE) | (access << ACCESS_SHIFT) | (ROLE.DIRECT if direct else ZERO)
+    if role & ROLE.FOUR_BYTE_GPTE != ZERO:
+        role |= (index & ONE) << QUADRANT_SHIFT
+    return role
 
 
 @inner
-def get_shadow_page(vm, stat, gfn, level):
-    """The direct shadow page for (gfn, level), looked up or made; NO_TABLE when the pool is used up (facts 5.11.4)."""
-    role = direct_role(vm.word, level)
-    bucket = bucket_of(gfn)
+def role_of(vm, index):
+    """Role of the page in which the entry at `index` stands."""
+    return np.uint64(vm.page[index >> INDEX_BITS]["role"])
+
+
+# --- making one ------------------------------------------------------------------------------------------------------------
+
+
+@inner
+def get_shadow_page(vm, vcpu, gfn, role):
+    """The shadow page for (gfn, role), looked up or made; NO_TABLE when the pool is used up (facts 5.11.4).
+
+    An unsync one is brought up to date and stays unsync. One of a leaf table, where an upper table is wanted, is zapped: the guest
+    uses the page otherwise now.
+    """
+    stat, bucket = vcpu.stat, bucket_of(gfn)
     table = vm.word[bucket]
-    collisions = ZERO
+    collisions = 0
     while table != NO_TABLE:
         page = vm.page[table]
         if not is_obsolete(vm, table):
             if page["gfn"] != gfn:
-                collisions += ONE
-            elif page["role"] == role:
+                collisions += 1
+            elif np.uint64(page["role"]) == role:
+                if is_indirect(page):
+                    if page["unsync"] != NO and sync_page(vm, vcpu, table):
+                        flush_remote(vm.word, stat)
+                    page["floods"] = NO
                 break
+            elif role & ROLE.LEVEL > ONE and page["unsync"] != NO:
+                zap(vm, stat, table)
         table = np.uint64(page["next"])
+    commit_zapped(vm, stat, False)
+    stat[Counter.MAX_MMU_PAGE_HASH_COLLISIONS] = max(stat[Counter.MAX_MMU_PAGE_HASH_COLLISIONS], collisions)
     if table == NO_TABLE:
         count(stat, Counter.MMU_CACHE_MISS)
-        table = make_shadow_page(vm, gfn, level, role, bucket)
-    stat[Counter.MAX_MMU_PAGE_HASH_COLLISIONS] = max(stat[Counter.MAX_MMU_PAGE_HASH_COLLISIONS], np.int64(collisions))
+        table = allocate(vm, gfn, role & ROLE.LEVEL)
+        if table != NO_TABLE:
+            vm.page[table]["role"] = np.uint32(role)
+            enlist(vm, table, bucket)
+            if role & ROLE.DIRECT == ZERO:
+                account_shadowed(vm, stat, gfn)
     return table
 
 
 @inner
-def make_shadow_page(vm, gfn, level, role, bucket):
-    """A new shadow page: hashed, the newest of the list, counted against the limit."""
-    table = allocate(vm, gfn, level)
-    if table == NO_TABLE:
-        return table
-    word, page = vm.word, vm.page[table]
-    page["role"], page["next"] = role, word[bucket]
-    word[bucket] = table
-    page["older"] = word[VmWord.NEWEST]
-    if word[VmWord.NEWEST] != NO_TABLE:
-        vm.page[word[VmWord.NEWEST]]["newer"] = table
-    else:
-        word[VmWord.OLDEST] = table
-    word[VmWord.NEWEST] = table
-    word[VmWord.USED_PAGES] += ONE
-    return table
+def account_shadowed(vm, stat, gfn):
+    """A table of the guest is shadowed from now on: no huge page may cover it, and nobody may write it unseen (facts 5.11.5)."""
+    vm.word[VmWord.INDIRECT_PAGES] += ONE
+    number = find_slot(vm.mem.slots, gfn << PAGE_SHIFT)
+    if number != NO_SLOT:
+        slot = vm.mem.slots[number]
+        disallow_huge(vm, slot, gfn, 1)
+        if write_protect(vm, slot, gfn):
+            flush_remote(vm.word, stat)
 
 
 @inner
-def unlist(vm, table):
-    """Take a shadow page off the list by age."""
-    word, page = vm.word, vm.page[table]
-    older, newer = np.uint64(page["older"]), np.uint64(page["newer"])
-    if newer != NO_TABLE:
-        vm.page[newer]["older"] = older
-    else:
-        word[VmWord.NEWEST] = older
-    if older != NO_TABLE:
-        vm.page[older]["newer"] = newer
-    else:
-        word[VmWord.OLDEST] = newer
-    page["older"] = page["newer"] = NONE
+def unaccount_shadowed(vm, gfn):
+    """The opposite; what was write-protected stays so until it faults."""
+    vm.word[VmWord.INDIRECT_PAGES] -= ONE
+    number = find_slot(vm.mem.slots, gfn << PAGE_SHIFT)
+    if number != NO_SLOT:
+        disallow_huge(vm, vm.mem.slots[number], gfn, -1)
 
 
 @inner
-def unhash(vm, table):
-    """Take a shadow page out of its hash bucket."""
-    bucket = bucket_of(vm.page[table]["gfn"])
-    after = np.uint64(vm.page[table]["next"])
-    at = vm.word[bucket]
-    if at == table:
-        vm.word[bucket] = after
-        return
-    while np.uint64(vm.page[at]["next"]) != table:
-        at = np.uint64(vm.page[at]["next"])
-    vm.page[at]["next"] = after
+def disallow_huge(vm, slot, gfn, by):
+    """Count a reason against huge pages over `gfn`, or take it back."""
+    level = TWO
+    while level <= MAX_HUGE_LEVEL:
+        shift = INDEX_BITS * (level - ONE)
+        at = slot["disallow"][level] + (gfn >> shift) - (slot["base"] >> shift)
+        if by > 0:
+            vm.slot_words[at] += ONE
+        else:
+            vm.slot_words[at] -= ONE
+        level += ONE
 
 
 @inner
-def link(vm, index, child):
-    """Make the entry at `index` point to a table."""
+def link(vm, stat, index, child):
+    """Make the entry at `index` point to a table; a huge page in its place is dropped."""
+    if is_present(vm.spt[index]):
+        drop_leaf(vm, stat, index)
+        flush_remote(vm.word, stat)
     vm.spt[index] = make_table(vm.word, child)
-    vm.page[child]["parent"] = index
+    add_parent(vm, child, index)
+    mark_link(vm, index, child)
+
+
+# --- zapping ---------------------------------------------------------------------------------------------------------------
 
 
 @inner
-def gfn_of_entry(vm, index):
-    """First gfn that the entry at `index` of a direct table maps."""
-    page = vm.page[index >> INDEX_BITS]
-    level = np.uint64(page["level"])
-    return page["gfn"] + (index & (TABLE_SIZE - ONE)) * pages_at(level)
+def zap_entry(vm, stat, index, level):
+    """Empty an entry of a shadow page: a leaf is dropped; a child table stays, without this parent (facts 5.14)."""
+    spte = vm.spt[index]
+    if is_leaf(spte, level):
+        drop_leaf(vm, stat, index)
+    elif is_table(spte, level):
+        drop_parent(vm, pfn_of(spte), index)
+    elif is_mmio(vm.word, spte):
+        vm.spt[index] = ZERO
 
 
 @inner
-def drop_leaf(vm, stat, index):
-    """Remove the leaf of a shadow page, with its reverse map."""
-    level = np.uint64(vm.page[index >> INDEX_BITS]["level"])
-    rmap_set(vm, gfn_of_entry(vm, index), level, ZERO)
-    vm.spt[index] = ZERO
-    count_leaf(stat, level, -1)
-
-
-@inner
-def unlink_children(vm, stat, table):
-    """Empty a shadow page: leaves are dropped; child tables stay, without a parent (facts 5.14)."""
-    level = np.uint64(vm.page[table]["level"])
+def zap_alone(vm, stat, table):
+    """Empty a shadow page and take it out of use: it is freed by `commit_zapped`, or later if vCPUs have it as a root. Whether it
+    is to be freed."""
+    count(stat, Counter.MMU_SHADOW_ZAPPED)
+    page = vm.page[table]
     for index in range(table * TABLE_SIZE, (table + ONE) * TABLE_SIZE):
-        spte = vm.spt[index]
-        if is_leaf(spte, level):
-            drop_leaf(vm, stat, index)
-        elif is_table(spte, level):
-            vm.page[pfn_of(spte)]["parent"] = ZERO
-            vm.spt[index] = ZERO
-        elif is_mmio(vm.word, spte):
-            vm.spt[index] = ZERO
+        if vm.spt[index] != ZERO:
+            zap_entry(vm, stat, index, np.uint64(page["level"]))
+    while page["parents"] != ZERO:
+        drop_parent(vm, table, at_cursor(vm, first(page["parents"])))
+    was_invalid = page["role"] & INVALID != NONE
+    if not was_invalid:
+        unlist(vm, table)
+        if is_indirect(page):
+            unaccount_shadowed(vm, page["gfn"])
+    if page["unsync"] != NO:
+        mark_synced(vm, stat, table)
+    forget_nx_split(vm, stat, table)
+    freed = page["roots"] == NONE
+    if freed:
+        vm.word[VmWord.USED_PAGES] -= ONE
+        page["newer"] = vm.word[VmWord.ZAPPED]
+        vm.word[VmWord.ZAPPED] = table
+    elif not is_obsolete(vm, table):
+        ask(vm.word, np.uint64(Request.FREE_OBSOLETE_ROOTS))
+    page["role"] |= INVALID
+    return freed
 
 
 @inner
 def zap(vm, stat, table):
-    """Prepare a shadow page for freeing (facts 5.14); True when it was freed, False while vCPUs have it as their root.
+    """Zap a shadow page, before it the unsync ones under it (facts 5.14); how many are to be freed by `commit_zapped`."""
+    freed = ZERO
+    if np.uint64(vm.page[table]["level"]) > ONE:
+        while walk_unsync(vm, table):
+            at = first_leaf(vm)
+            while at < vm.word[VmWord.VECTOR_LENGTH]:
+                zap_alone(vm, stat, vm.word[np.uint64(VmWord.VECTOR_TABLE) + at])
+                clear_path(vm)
+                freed += ONE
+                at = next_leaf(vm, at + ONE)
+    return freed + ONE if zap_alone(vm, stat, table) else freed
 
-    The caller flushes if any was freed.
-    """
-    count(stat, Counter.MMU_SHADOW_ZAPPED)
-    unlink_children(vm, stat, table)
-    page = vm.page[table]
-    if page["parent"] != ZERO:
-        vm.spt[page["parent"]] = ZERO
-        page["parent"] = ZERO
-    forget_nx_split(vm, stat, table)
-    was_invalid = page["role"] & INVALID != NONE
-    if not was_invalid:
-        unlist(vm, table)
-    if page["roots"] == NONE:
+
+@inner
+def commit_zapped(vm, stat, flushes):
+    """Flush, and free the pages that were zapped. Without any, flush if `flushes`."""
+    table = vm.word[VmWord.ZAPPED]
+    if table != NO_TABLE or flushes:
+        flush_remote(vm.word, stat)
+    while table != NO_TABLE:
+        following = np.uint64(vm.page[table]["newer"])
         unhash(vm, table)
-        vm.word[VmWord.USED_PAGES] -= ONE
         release(vm, table)
-        return True
-    if not is_obsolete(vm, table):
-        ask(vm.word, np.uint64(Request.FREE_OBSOLETE_ROOTS))
-    page["role"] |= INVALID
-    return False
+        table = following
+    vm.word[VmWord.ZAPPED] = NO_TABLE
 
 
 @inner
 def put_root(vm, stat, table):
-    """A vCPU lets go of a root; True when that freed the page."""
-    vm.page[table]["roots"] -= np.uint32(1)
+    """A vCPU lets go of a root, which is zapped if it was only kept for that."""
+    vm.page[table]["roots"] -= ONE_ROOT
     if vm.page[table]["roots"] == NONE and vm.page[table]["role"] & INVALID != NONE:
-        return zap(vm, stat, table)
-    return False
+        zap(vm, stat, table)
 
 
 @inner
 def zap_obsolete(vm, stat):
     """Zap all shadow pages of the last generation, the oldest first."""
-    freed = False
     table = vm.word[VmWord.OLDEST]
     while table != NO_TABLE and is_obsolete(vm, table):
-        freed |= zap(vm, stat, table)
+        zap(vm, stat, table)
         table = vm.word[VmWord.OLDEST]
-    if freed:
-        flush_remote(vm.word, stat)
+    commit_zapped(vm, stat, False)
 
 
 @inner
 def zap_oldest(vm, stat, wanted):
-    """Zap the oldest shadow pages that are no root in use, until `wanted` are zapped (facts 5.7)."""
-    zapped = ZERO
-    table = vm.word[VmWord.OLDEST]
-    while table != NO_TABLE and zapped < wanted:
+    """Zap the oldest shadow pages that are no root in use, until `wanted` are freed (facts 5.7).
+
+    Where one took others with it the list has changed: begin again at its end, as KVM does.
+    """
+    freed, table = ZERO, vm.word[VmWord.OLDEST]
+    while table != NO_TABLE:
         newer = np.uint64(vm.page[table]["newer"])
         if vm.page[table]["roots"] == NONE:
-            zap(vm, stat, table)
-            zapped += ONE
+            number = zap(vm, stat, table)
+            freed += number
+            if freed >= wanted:
+                break
+            if number != ONE:
+                newer = vm.word[VmWord.OLDEST]
         table = newer
-    if zapped != ZERO:
-        flush_remote(vm.word, stat)
-    stat[Counter.MMU_RECYCLED] += np.int64(zapped)
+    commit_zapped(vm, stat, False)
+    stat[Counter.MMU_RECYCLED] += np.int64(freed)
 
 
 @inner

@@ -79,12 +79,24 @@ def is_mmio(word, spte):
 
 
 @inner
-def make_mmio(word, gfn):
-    """MMIO spte for a frame without memslot, all rights, with today's generation (facts 3.4.3)."""
+def make_mmio(word, gfn, access):
+    """MMIO spte for a frame without memslot, with the guest's rights and today's generation (facts 3.4.3)."""
     generation = word[VmWord.GENERATION] & MMIO_SPTE.GENERATION
     low = (generation << GENERATION_LOW_SHIFT) & MMIO_SPTE.GENERATION_LOW
     high = ((generation >> GENERATION_LOW_BITS) << GENERATION_HIGH_SHIFT) & MMIO_SPTE.GENERATION_HIGH
-    return word[VmWord.MMIO_VALUE] | word[VmWord.MMIO_ACCESS] | low | high | (gfn << PAGE_SHIFT)
+    return word[VmWord.MMIO_VALUE] | (word[VmWord.MMIO_ACCESS] & access) | low | high | (gfn << PAGE_SHIFT)
+
+
+@inner
+def mmio_gfn(spte):
+    """The device frame in an MMIO spte."""
+    return (spte & NPT_SPTE.ADDR & ~NPT_SPTE.MMIO) >> PAGE_SHIFT
+
+
+@inner
+def mmio_access(word, spte):
+    """The guest's rights in an MMIO spte."""
+    return spte & word[VmWord.MMIO_ACCESS]
 
 
 @inner
@@ -105,7 +117,7 @@ def make_table(word, table):
 def make_leaf(word, pfn, level, access, old, host_writable, prefetch):
     """Leaf spte, in the order of facts 3.3; `old` is the entry that it replaces.
 
-    Write protection for shadowed guest tables does not occur in a direct map. Dirty logging is for the caller.
+    Write protection of the guest's tables and dirty logging are for the caller.
     """
     spte = NPT_SPTE.MMU_PRESENT | word[VmWord.PRESENT] | word[VmWord.AD_TYPE] | word[VmWord.MEMORY_TYPE] | (pfn << PAGE_SHIFT)
     if not prefetch:

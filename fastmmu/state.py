@@ -54,6 +54,7 @@ class Reg(IntEnum):
     PDPTE1 = 10
     PDPTE2 = 11
     PDPTE3 = 12
+    PDPTE_RESERVED = 13  # bits that a present one must not set when it is loaded
 
 
 class MmuState(NamedTuple):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import inner
-from fastmmu.bits import ONE, ROLE, ZERO
+from fastmmu.bits import ONE, ZERO
 from fastmmu.machine_state import TABLE_WORDS, Counter, VmWord
-from fastmmu.shadow import NO_TABLE, TABLE_SIZE, allocate, count, count_leaf, flush_remote, forget_nx_split, link, release
+from fastmmu.pool import INVALID, NO_TABLE, TABLE_SIZE, allocate, count, count_leaf, flush_remote, forget_nx_split, release
 from fastmmu.spte import (
     INDEX_BITS,
     frame_at,
@@ -24,8 +24,6 @@ from fastmmu.spte import (
     pages_at,
     pfn_of,
 )
-
-INVALID = np.uint32(ROLE.INVALID)
 
 
 @inner
@@ -73,7 +71,7 @@ def free_tables(vm, stat, top):
     table, index = top, top * TABLE_SIZE
     while True:
         if index == (table + ONE) * TABLE_SIZE:
-            parent = vm.page[table]["parent"]
+            parent = vm.page[table]["parents"]
             forget_nx_split(vm, stat, table)
             release(vm, table)
             if table == top:
@@ -88,6 +86,13 @@ def free_tables(vm, stat, top):
         if is_leaf(spte, level):
             count_leaf(stat, level, -1)
         index += ONE
+
+
+@inner
+def point_to(vm, index, table):
+    """Make the entry at `index` point to a table."""
+    vm.spt[index] = make_table(vm.word, table)
+    vm.page[table]["parents"] = index
 
 
 @inner
@@ -168,7 +173,7 @@ def split_huge_page(vm, stat, index, level):
         return False
     for i in range(TABLE_SIZE):
         vm.spt[table * TABLE_SIZE + i] = make_split_child(vm.word, huge, below, i)
-    link(vm, index, table)
+    point_to(vm, index, table)
     count_leaf(stat, level, -1)
     count_leaf(stat, below, TABLE_WORDS)
     return True
@@ -198,10 +203,8 @@ def link_table(vm, stat, index, level, gfn, nx_split):
     table = allocate(vm, frame_at(gfn, level), level - ONE)
     if table == NO_TABLE:
         return table
-    vm.spt[index] = make_table(vm.word, table)
-    page = vm.page[table]
-    page["parent"] = index
-    page["nx_split"] = nx_split
+    point_to(vm, index, table)
+    vm.page[table]["nx_split"] = nx_split
     if nx_split:
         count(stat, Counter.NX_LPAGE_SPLITS)
     return table

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmmu.audit import AuditError, audit
-from fastmmu.bits import CR0, PAGE_SIZE
+from fastmmu.audit import audit
+from fastmmu.audit_state import AuditError
+from fastmmu.bits import PAGE_SIZE
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine, MachineError, NotBuilt
@@ -24,7 +25,7 @@ NOT_EXACT = {"slot": {"remote_tlb_flush_requests"}, "set_nr_mmu_pages": {"remote
 HOST_LEVEL = {"4K": 1, "2M": 2, "1G": 3}
 PARAMETER_ON = (True, 1, "Y", "y", "1", "force", "on")
 PARAMETER_OFF = (False, 0, "N", "n", "0", "off", "auto")  # auto: no processor of AMD needs NX huge pages
-WITHOUT_EFFECT = ("tdp_mmu", "force_flush_and_sync_on_reuse", "nx_huge_pages_recovery_ratio", "nx_huge_pages_recovery_period_ms")
+WITHOUT_EFFECT = ("tdp_mmu", "nx_huge_pages_recovery_ratio", "nx_huge_pages_recovery_period_ms")
 """Parameters that a running VM with a direct map does not look at; neither does KVM take nx_huge_pages=never while there is one."""
 NAMES = [counter.name.lower() for counter in KVM_COUNTERS]
 
@@ -77,8 +78,6 @@ class Replay:
         for step in scenario.steps:
             if step["do"] == "nested_guest":
                 raise NotBuilt("nested paging")
-            if step["do"] == "guest" and not scenario.config["npt"] and step["cr0"] & int(CR0.PG):
-                raise NotBuilt("shadow paging")
         self.scenario = scenario
         self.kvm = kvm or kvm_of(scenario)
         slots = [step for step in scenario.steps if step["do"] == "slot"]
@@ -153,7 +152,11 @@ class Replay:
 
     def do_param(self, step: dict[str, Any]) -> None:
         """A module parameter changes."""
-        which = {"nx_huge_pages": VmWord.NX_HUGE_PAGES, "eager_page_split": VmWord.EAGER_PAGE_SPLIT}.get(step["name"])
+        which = {
+            "nx_huge_pages": VmWord.NX_HUGE_PAGES,
+            "eager_page_split": VmWord.EAGER_PAGE_SPLIT,
+            "force_flush_and_sync_on_reuse": VmWord.FORCE_SYNC_ON_REUSE,
+        }.get(step["name"])
         if step["name"] in WITHOUT_EFFECT or (step["name"] == "nx_huge_pages" and step["value"] == "never"):
             return
         if which is None:

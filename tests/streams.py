@@ -16,7 +16,8 @@ from zlib import crc32
 import numpy as np
 
 from fastmmu._jit import JIT
-from fastmmu.audit import AuditError, audit
+from fastmmu.audit import audit
+from fastmmu.audit_state import AuditError
 from fastmmu.bits import CR0, CR4, EFER, PFERR, RFLAGS
 from fastmmu.events import EVENT, Op
 from fastmmu.kvm import Kvm
@@ -241,7 +242,9 @@ def data_frame(rng: np.random.Generator, kind: Kind, *, high: bool = True) -> in
 
 def rights(rng: np.random.Generator, kind: Kind, *, is_leaf: bool) -> int:
     """Bits of an entry beside the address."""
-    likely = {P: 0.95, W: 0.75, U: 0.7, A: 0.6, D: 0.5, NX: 0.15} if is_leaf else {P: 0.97, W: 0.9, U: 0.9, A: 0.6, D: 0.3, NX: 0.05}
+    likely = (
+        {P: 0.95, W: 0.75, U: 0.7, A: 0.6, D: 0.5, NX: 0.15} if is_leaf else {P: 0.97, W: 0.9, U: 0.9, A: 0.6, D: 0.3, NX: 0.05}
+    )
     bits = sum(bit for bit, probability in likely.items() if chance(rng, probability))
     if chance(rng, 0.02):
         bits |= 1 << 51 if kind.maxphyaddr < 52 else 0
@@ -423,17 +426,25 @@ class Generator:
 
     def write(self) -> None:
         size = int(self.rng.choice([1, 2, 4, 7, 8, 8]))
-        self.add(Op.WRITE, WRITE | (USER if chance(self.rng, 0.5) else 0), self.address(size), int(self.rng.integers(1 << 63)), size)
+        self.add(
+            Op.WRITE, WRITE | (USER if chance(self.rng, 0.5) else 0), self.address(size), int(self.rng.integers(1 << 63)), size
+        )
 
     def exchange(self) -> None:
         size = int(self.rng.choice([1, 4, 8]))
-        self.add(Op.EXCHANGE, WRITE | (USER if chance(self.rng, 0.5) else 0), self.address(size), int(self.rng.integers(1 << 63)), size)
+        self.add(
+            Op.EXCHANGE, WRITE | (USER if chance(self.rng, 0.5) else 0), self.address(size), int(self.rng.integers(1 << 63)), size
+        )
         self.add(Op.OPERAND, value=0)
 
     def store(self) -> None:
         rng = self.rng
         if chance(rng, 0.04) or not self.kind.levels:  # to data, read-only memory or a device
-            self.add(Op.STORE, address=data_frame(rng, self.kind, high=False) + 8 * int(rng.integers(512)), value=int(rng.integers(1 << 63)))
+            self.add(
+                Op.STORE,
+                address=data_frame(rng, self.kind, high=False) + 8 * int(rng.integers(512)),
+                value=int(rng.integers(1 << 63)),
+            )
             return
         level = int(rng.choice([1, 1, 1, 1, 1, 1, 2, 2, 3, 4 if chance(rng, 0.4) else 1]))
         gpa = one_of(rng, self.guest.entries[level])
@@ -728,7 +739,9 @@ class Judge:
         if not seen.ok:
             return []
         gpas = [seen.gpa if page == address else walk.gpa for (page, _), (walk, _) in zip(pages, walks, strict=True)]
-        return [(LogKind.MMIO_READ, size, gpa, 0, 0) for gpa, (_, size) in zip(gpas, pages, strict=True) if self.is_device(gpa, False)]
+        return [
+            (LogKind.MMIO_READ, size, gpa, 0, 0) for gpa, (_, size) in zip(gpas, pages, strict=True) if self.is_device(gpa, False)
+        ]
 
     def data_of(self, op: int, gva: int, parts: list[tuple[int, int]], value: int, compared: int, emulated: bool) -> Possible:
         """Log and effects of an access that succeeds."""
@@ -853,7 +866,9 @@ class Judge:
                 self.totals["answered from the TLB, tables changed"] += 1
             fitting = [one for one in options if one.fits(found)]
         if not fitting:
-            raise Wrong(f"expected {text(expected.log)}{f' or {len(options) - 1} older' if len(options) > 1 else ''}, found {text(found)}")
+            raise Wrong(
+                f"expected {text(expected.log)}{f' or {len(options) - 1} older' if len(options) > 1 else ''}, found {text(found)}"
+            )
         done = fitting[0]
         self.totals["faults"] += done.faults
         self.totals["device accesses"] += sum(kind in (LogKind.MMIO_READ, LogKind.MMIO_WRITE) for kind, *_ in found)
@@ -922,7 +937,9 @@ class Judge:
         written = self.written[identity]
         missing = sorted(page for page in written if not report[page])
         if missing:
-            raise Wrong(f"memslot {identity}: expected pages {missing[:5]} in the dirty bitmap, found {np.flatnonzero(report)[:20].tolist()}")
+            raise Wrong(
+                f"memslot {identity}: expected pages {missing[:5]} in the dirty bitmap, found {np.flatnonzero(report)[:20].tolist()}"
+            )
         self.totals["pages that had to be dirty"] += len(written)
         if not self.kvm.manual_protect:
             written.clear()
@@ -1005,7 +1022,17 @@ def run(stream: Plan, *, step: int | None = None) -> Counter[str]:
             f"{', ' + describe(events, at + 1) if shown else ''}), vCPU {judge.vcpus.index(judge.vcpu)}: {type(error).__name__}: {error}"
         ) from error
     counters = machine.counters()
-    for name in ("pf_taken", "pf_fast", "mmu_recycled", "tlb_hits", "tlb_misses", "pml_full", "nx_lpage_splits", "pages_2m", "pages_1g"):
+    for name in (
+        "pf_taken",
+        "pf_fast",
+        "mmu_recycled",
+        "tlb_hits",
+        "tlb_misses",
+        "pml_full",
+        "nx_lpage_splits",
+        "pages_2m",
+        "pages_1g",
+    ):
         judge.totals[name] += counters[name]
     judge.totals["streams"] += 1
     judge.totals["events"] += len(events)

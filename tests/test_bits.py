@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmmu.bits import ACC, CR0, CR4, EFER, EPT_SPTE, GPTE32, GPTE64, MMIO_SPTE, NPT_SPTE, PFERR, RFLAGS, ROLE
+from fastmmu.bits import ACC, CR0, CR3, CR4, EFER, EPT_SPTE, GPTE32, GPTE64, MMIO_SPTE, NPT_SPTE, PFERR, RFLAGS, ROLE
 
 LAYOUTS = {
     "gpte64": (GPTE64, {
@@ -21,6 +21,7 @@ LAYOUTS = {
                       "GUEST_PAGE": 0x2_0000_0000, "IMPLICIT": 0x1_0000_0000_0000}),
     "acc": (ACC, {"X": 1, "W": 2, "U": 4, "ALL": 7}),
     "cr0": (CR0, {"PE": 1, "WP": 0x1_0000, "PG": 0x8000_0000}),
+    "cr3": (CR3, {"PCID": 0xFFF, "NO_FLUSH": 0x8000_0000_0000_0000}),
     "cr4": (CR4, {"PSE": 0x10, "PAE": 0x20, "PGE": 0x80, "LA57": 0x1000, "PCIDE": 0x2_0000, "SMEP": 0x10_0000, "SMAP": 0x20_0000,
                   "PKE": 0x40_0000, "PKS": 0x100_0000}),
     "efer": (EFER, {"LME": 0x100, "LMA": 0x400, "NX": 0x800}),
@@ -35,8 +36,8 @@ LAYOUTS = {
         "MMU_WRITABLE": 0x400_0000_0000_0000, "SUPPRESS_VE": 0x8000_0000_0000_0000, "MMIO": 6, "MMIO_MASK": 0x8000_0000_0000_0007,
     }),
     "mmio_spte": (MMIO_SPTE, {"GENERATION_LOW": 0x7F8, "GENERATION_HIGH": 0x7FF0_0000_0000_0000, "GENERATION": 0x7_FFFF}),
-    "role": (ROLE, {"LEVEL": 0xF, "DIRECT": 0x80, "ACCESS": 0x700, "INVALID": 0x800, "EFER_NX": 0x1000, "CR0_WP": 0x2000,
-                    "AD_DISABLED": 0x1_0000}),
+    "role": (ROLE, {"LEVEL": 0xF, "FOUR_BYTE_GPTE": 0x10, "QUADRANT": 0x60, "DIRECT": 0x80, "ACCESS": 0x700, "INVALID": 0x800,
+                    "EFER_NX": 0x1000, "CR0_WP": 0x2000, "SMEP_ANDNOT_WP": 0x4000, "SMAP_ANDNOT_WP": 0x8000, "AD_DISABLED": 0x1_0000}),
 }  # fmt: skip
 
 

@@ -30,7 +30,9 @@ def expected(document: dict[str, Any]) -> dict[str, Any]:
             expect["delta"], expect["abs"] = result.delta, result.abs
         if step["do"] == "guest":
             expect["mmio"] = [[kind, hex(gpa), size, hex(data)] for kind, gpa, size, data in result.mmio]
-            expect["guest_pf"] = [{"op": op, "err": hex(code), "cr2": hex(cr2), "cpl": step["cpl"]} for op, code, cr2 in result.guest_pf]
+            expect["guest_pf"] = [
+                {"op": op, "err": hex(code), "cr2": hex(cr2), "cpl": step["cpl"]} for op, code, cr2 in result.guest_pf
+            ]
     return document
 
 
@@ -66,12 +68,12 @@ def test_a_difference_is_one_and_told(tmp_path: Path, document: dict[str, Any], 
 
 
 def test_what_is_not_built_is_three(tmp_path: Path, document: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
-    shadow = copy.deepcopy(document)
-    shadow["config"] |= {"npt": False, "tdp_mmu": False}
-    paths = [write(tmp_path / "shadow.json", shadow), write(tmp_path / "good.json", document)]
+    nested = copy.deepcopy(document)
+    nested["steps"].append({"do": "param", "name": "mmio_caching", "value": "Y"})
+    paths = [write(tmp_path / "nested.json", nested), write(tmp_path / "good.json", document)]
     assert main(["validate", *paths]) == 3
     told = capsys.readouterr()
-    assert "needs shadow paging, which is not built yet" in told.err
+    assert "needs parameter mmio_caching changed at run time, which is not built yet" in told.err
     assert "good" in told.out
     assert main(["validate", *paths, str(tmp_path / "none.json")]) == 2
 
@@ -88,7 +90,10 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a number that is none": (lambda d: d["steps"][0].update(gpa="zz"), "'zz', expected a hexadecimal string"),
     "another format": (lambda d: d.update(format="kvm-truth/9"), "expected one of kvm-truth/1"),
     "a missing member": (lambda d: d.pop("cpu"), "'cpu', expected this field"),
-    "an address that is not canonical": (lambda d: guest_step(d)["ops"].append(["R8", "0x800000000000", None]), "a canonical address"),
+    "an address that is not canonical": (
+        lambda d: guest_step(d)["ops"].append(["R8", "0x800000000000", None]),
+        "a canonical address",
+    ),
     "a loop without end": (lambda d: guest_step(d)["ops"].append(["LOOPR", "0x0", "0x1000", 4_000_000_000]), "iterations"),
     "words outside memory": (lambda d: d["memory"].append({"gpa": "0xffffff000", "count": 5, "value": "0x1"}), "expected memory"),
     "a memslot twice": (lambda d: d["steps"].insert(1, copy.deepcopy(d["steps"][0])), "taken or overlaps another"),
@@ -153,7 +158,9 @@ def test_a_record_that_went_elsewhere_is_one(tmp_path: Path, capsys: pytest.Capt
     assert f"column gpa, record {record}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--tlb", "3x1"], ["--tlb", "x"], ["--records", "0"], ["--mmu", "shadow"], ["--host-page", "8k"]])
+@pytest.mark.parametrize(
+    "options", [["--tlb", "3x1"], ["--tlb", "x"], ["--records", "0"], ["--mmu", "shadow"], ["--host-page", "8k"]]
+)
 def test_nonsense_on_the_command_line(capsys: pytest.CaptureFixture, options: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["replay", str(ROOT / EXCERPT), *options])

@@ -50,7 +50,9 @@ def test_the_package_does_not_import_bench() -> None:
 def test_masks_are_declared_in_one_place() -> None:
     """Kernels name bits; shifts of one and page masks by hand stand in `bits` and `paging` (and in the reference, on purpose)."""
     allowed = {"bits.py", "paging.py"}
-    kernels = [p for p in SOURCES if p.name not in allowed and "reference" not in p.parts and re.search("@(kernel|inner)", p.read_text())]
+    kernels = [
+        p for p in SOURCES if p.name not in allowed and "reference" not in p.parts and re.search("@(kernel|inner)", p.read_text())
+    ]
     for path in kernels:
         assert not re.search(r"\b1 << |0x[0-9a-fA-F]*f000\b|& 511\b|0xFFF\b", path.read_text()), path
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmmu.audit import audit
+from fastmmu.audit import audit, lookup
+from fastmmu.audit_state import State
 from fastmmu.bits import CR0, CR4, EFER, EPT_SPTE, MMIO_SPTE, NPT_SPTE
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
-from fastmmu.machine import Machine, MachineError, NotBuilt
+from fastmmu.machine import Machine, MachineError
 from fastmmu.machine_state import Counter, LogKind, Stop, VcpuWord, VmWord
 from fastmmu.paging import Cpu
 from fastmmu.translate import FETCH, USER, WRITE
@@ -27,7 +28,9 @@ DEVICE = 0xD000_0000
 class Guest:
     """A machine whose guest does not page: gva is gpa. Slot 0 covers the first 8 MiB."""
 
-    def __init__(self, kvm: Kvm, *, host_level: int = 1, flags: int = 0, vcpus: int = 1, size: int = MEMORY, hva_offset: int = 0) -> None:
+    def __init__(
+        self, kvm: Kvm, *, host_level: int = 1, flags: int = 0, vcpus: int = 1, size: int = MEMORY, hva_offset: int = 0
+    ) -> None:
         self.machine = Machine(kvm, FLAT, memory=GIB * 4, vcpus=vcpus)
         self.machine.configure(log_faults=True)
         self.slot(0, 0, size, flags, host_level=host_level, hva_offset=hva_offset)
@@ -64,9 +67,7 @@ class Guest:
 
     def spte(self, gpa: int) -> int:
         """The lowest entry for `gpa`."""
-        from fastmmu.audit import State, lookup
-
-        return lookup(State(self.machine), 0, gpa >> 12)
+        return lookup(State(self.machine), 0, gpa >> 12)[0]
 
 
 @pytest.fixture(params=MMUS)
@@ -406,12 +407,12 @@ def test_an_access_over_a_page_boundary_into_a_device() -> None:
 
 
 def test_what_kvm_gives_up_on() -> None:
-    """An instruction in a device cannot be emulated; guest paging without two-dimensional paging is not built."""
+    """An instruction in a device cannot be emulated; a guest whose top table lies outside memory is shut down."""
     with pytest.raises(MachineError, match="fetched from a device"):
         Guest(Kvm()).touch(DEVICE, X)
     guest = Guest(MMUS["shadow"])
-    guest.run((Op.MODE, {"value": guest.machine.registers(Cpu(cr3=0x1000, **LONG))}))
-    with pytest.raises(NotBuilt, match="shadow paging"):
+    guest.run((Op.MODE, {"value": guest.machine.registers(Cpu(cr3=DEVICE, **LONG))}))
+    with pytest.raises(MachineError, match="outside every memslot"):
         guest.touch(0)
 
 

@@ -14,7 +14,8 @@ import pytest
 from scenarios import DIFFERENT, NAMED, NEITHER, Document, random_scenario
 from sizes import sized
 
-from fastmmu.audit import AuditError, audit
+from fastmmu.audit import audit
+from fastmmu.audit_state import AuditError
 from fastmmu.machine import MachineError
 from fastmmu.machine import NotBuilt as CompiledNotBuilt
 from fastmmu.machine_state import VmWord
@@ -38,7 +39,9 @@ def compiled_step(replay: Replay, step: dict[str, Any]) -> dict[str, Any]:
     seen: Seen = replay.run_step(step)
     audit(machine)
     after = machine.counters()
-    values: dict[str, Any] = {f"delta of {name}": after[name] - before[name] for name in NAMES if name not in NOT_EXACT.get(step["do"], ())}
+    values: dict[str, Any] = {
+        f"delta of {name}": after[name] - before[name] for name in NAMES if name not in NOT_EXACT.get(step["do"], ())
+    }
     values |= {f"{name} in all": after[name] for name in NAMES if name.startswith(("pages_", "max_", "mmu_unsync", "nx_"))}
     values["device accesses"] = [(kind, gpa, size, data & (1 << 8 * size) - 1) for kind, gpa, size, data in seen.mmio]
     values["guest #PFs"] = [fault[:3] for fault in seen.guest_pf]
@@ -47,7 +50,9 @@ def compiled_step(replay: Replay, step: dict[str, Any]) -> dict[str, Any]:
     values["table words"] = {}
     for (start, end), old in zip(TABLE_AREAS, tables, strict=True):
         new = machine.memory.words[start // 8 : end // 8]
-        values["table words"] |= {start + 8 * int(i): int(new[i]) for i in np.flatnonzero(new != old)} if step["do"] == "guest" else {}
+        values["table words"] |= (
+            {start + 8 * int(i): int(new[i]) for i in np.flatnonzero(new != old)} if step["do"] == "guest" else {}
+        )
     if step["do"] == "dirty_get":
         values["dirty pages"] = np.flatnonzero(machine.report(step["slot"])).tolist()
     if step["do"] == "host_read":
@@ -59,7 +64,9 @@ def compiled_step(replay: Replay, step: dict[str, Any]) -> dict[str, Any]:
 def reference_step(reference: Reference, step: dict[str, Any]) -> dict[str, Any]:
     """The same of the reference."""
     result: StepResult = reference.step(step)
-    values: dict[str, Any] = {f"delta of {name}": result.delta.get(name, 0) for name in NAMES if name not in NOT_EXACT.get(step["do"], ())}
+    values: dict[str, Any] = {
+        f"delta of {name}": result.delta.get(name, 0) for name in NAMES if name not in NOT_EXACT.get(step["do"], ())
+    }
     values |= {f"{name} in all": value for name, value in result.abs.items()}
     values["device accesses"] = [(kind, gpa, size, data & (1 << 8 * size) - 1) for kind, gpa, size, data in result.mmio]
     values["guest #PFs"], values["loads"] = result.guest_pf, result.loads

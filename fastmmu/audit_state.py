@@ -1,0 +1,88 @@
+"""What an audit looks at: the state of a machine, decoded, and how it says that something is wrong."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import numpy as np
+
+from fastmmu.bits import ACC, NPT_SPTE, ROLE
+from fastmmu.machine import Machine
+from fastmmu.machine_state import TABLE_WORDS, VmWord
+
+
+class AuditError(AssertionError):
+    """The state does not hold together; the message names the rule and the place."""
+
+
+def fail(rule: str, where: object) -> NoReturn:
+    """Raise the first broken rule."""
+    raise AuditError(f"{rule}: {where}")
+
+
+def must(true: np.ndarray, rule: str, where: np.ndarray) -> None:
+    """Every element is true; else the first place where it is not."""
+    if not true.all():
+        fail(rule, hex(int(where[~true].reshape(-1)[0])))
+
+
+class State:
+    """A machine's tables, decoded: one row for each table in use, one column for each entry."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, vm = machine, machine.vm
+        self.word = vm.word
+        used = np.arange(int(self.word[VmWord.FRESH_TABLE]))
+        self.rows = used[vm.page["role"][: len(used)] != 0]
+        self.page = vm.page[self.rows]
+        self.level = self.page["level"].astype(np.uint64)[:, None]
+        self.index = self.rows.astype(np.uint64)[:, None] * np.uint64(TABLE_WORDS) + np.arange(TABLE_WORDS, dtype=np.uint64)
+        self.spte = vm.spt.reshape(-1, TABLE_WORDS)[self.rows]
+        self.present = self.spte & NPT_SPTE.MMU_PRESENT != 0
+        last = (self.level == 1) | (self.spte & NPT_SPTE.PS != 0)
+        self.leaf, self.table = self.present & last, self.present & ~last
+        self.pages = np.uint64(1) << (np.uint64(9) * (self.level - np.uint64(1)))
+        self.shadow = self.word[VmWord.TDP_MMU] == 0  # shadow pages, else tables of the TDP MMU
+        role = self.page["role"].astype(np.uint64)[:, None]
+        self.indirect = np.broadcast_to(self.shadow & (role & ROLE.DIRECT == 0), self.spte.shape)
+        self.gfn = self.page["gfn"][:, None] + np.arange(TABLE_WORDS, dtype=np.uint64) * self.pages
+        self.access = np.broadcast_to((role & ROLE.ACCESS) >> np.uint64(8) if self.shadow else ACC.ALL, self.spte.shape).copy()
+        remembered = vm.shadowed.reshape(-1, TABLE_WORDS)[self.rows]
+        kept = self.indirect & self.leaf
+        self.gfn[kept], self.access[kept] = remembered[kept] >> np.uint64(12), remembered[kept] & ACC.ALL
+        self.pfn = (self.spte & NPT_SPTE.ADDR) >> np.uint64(12)
+        slots = vm.mem.slots
+        self.slots = slots[slots["start"] < slots["end"]]
+
+    def has(self, which: VmWord) -> np.ndarray:
+        """Whether each entry has all bits of a mask, and the mask is not empty."""
+        mask = self.word[which]
+        return (self.spte & mask == mask) & (mask != 0)
+
+    def slot_of(self, gfn: np.ndarray) -> np.ndarray:
+        """Row in `slots` of the memslot that holds each gfn, -1 for none."""
+        found = np.full(gfn.shape, -1)
+        for i, slot in enumerate(self.slots):
+            found[(slot["base"] <= gfn) & (gfn < slot["base"] + slot["pages"])] = i
+        return found
+
+    def bitmap(self, slot: np.void, name: str) -> np.ndarray:
+        """One of a slot's bitmaps, bool by page."""
+        start, pages = int(slot[name]), int(slot["pages"])
+        words = self.machine.vm.slot_words[start : start - (-pages // 64)]
+        return np.unpackbits(words.view(np.uint8), bitorder="little")[:pages].astype(bool)
+
+
+def spte_list(machine: Machine, head: int) -> list[int]:
+    """The sptes of a list (see rmap.py)."""
+    found: list[int] = []
+    while head:
+        if not head >> 63:
+            return [*found, head]
+        place = head & (1 << 63) - 1
+        rest, length, *sptes = machine.vm.desc[place : place + 16].tolist()
+        if not 0 < length <= len(sptes):
+            fail("descriptor of a list of sptes", place)
+        found += sptes[:length]
+        head = rest
+    return found

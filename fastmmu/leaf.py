@@ -1,0 +1,240 @@
+"""The leaves of shadow pages: writing one, mapping the neighbours of one, bringing those of an unsync page up to date.
+
+Facts 3.3, 5.8.5, 5.10 and 5.12.4; `mmu_set_spte`, `pte_prefetch` and `sync_page` of Linux 6.1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmmu._jit import inner, load
+from fastmmu.bits import ACC, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO
+from fastmmu.machine_state import Counter, Outcome, VmWord
+from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
+from fastmmu.pool import NONE, TABLE_SIZE, count, flush_remote
+from fastmmu.rmap import access_of_entry, add_leaf, drop_leaf, drop_parent, gfn_of_entry, is_indirect, loses, remember
+from fastmmu.spte import INDEX_BITS, is_mmio, is_present, is_table, is_writable, make_leaf, make_mmio, mmio_gfn, pfn_of
+from fastmmu.state import NO_SLOT, Reg
+from fastmmu.unsync import refuses_write
+from fastmmu.walk import access_of, reserved_row
+
+PREFETCH_PAGES = np.uint64(8)
+NOT_STARTED = ZERO
+FOUR_BYTE, QUADRANT = np.uint32(ROLE.FOUR_BYTE_GPTE), ROLE.QUADRANT
+QUADRANT_SHIFT = np.uint64(5)
+
+
+@inner
+def make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, can_unsync, host_writable, prefetch):
+    """(leaf spte, whether it was refused to be writable because a guest's table lies there); what it may write is logged.
+
+    An entry that was writable keeps that without being asked again: protection was for whoever shadowed the table (facts 3.3.5).
+    """
+    refused = False
+    if access & ACC.W != ZERO and host_writable and not is_writable(old):
+        refused = refuses_write(vm, vcpu.stat, slot, gfn, can_unsync, prefetch)
+    rights = access & ~ACC.W if refused else access
+    spte = make_leaf(vm.word, gfn, level, rights, old, host_writable, prefetch)
+    if is_writable(spte):
+        mark_dirty(vm, slot, gfn)
+    return spte, refused
+
+
+@inner
+def set_leaf(vm, vcpu, number, index, level, gfn, access, write, prefetch):
+    """Write the leaf of a shadow page for the frame of `gfn`: an `Outcome` (facts 5.10)."""
+    old = vm.spt[index]
+    flushes, was_mapped = False, False
+    if is_present(old):
+        if is_table(old, level):
+            drop_parent(vm, pfn_of(old), index)
+            flushes = True
+        elif pfn_of(old) != gfn or number == NO_SLOT:  # 6.1 itself forgets to drop it under an MMIO spte
+            drop_leaf(vm, vcpu.stat, index)
+            flushes = True
+        else:
+            was_mapped = True
+        old = vm.spt[index]
+    if number == NO_SLOT:
+        count(vcpu.stat, Counter.PF_MMIO_SPTE_CREATED)
+        vm.spt[index] = make_mmio(vm.word, gfn, access)
+        if flushes:
+            flush_remote(vm.word, vcpu.stat)
+        return Outcome.EMULATE
+    slot = vm.mem.slots[number]
+    outcome = Outcome.FIXED
+    spte, refused = make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, True, not is_readonly(slot), prefetch)
+    if spte == old:
+        outcome = Outcome.SPURIOUS
+    else:
+        vm.spt[index] = spte
+        flushes |= was_mapped and loses(vm.word, old, spte)
+    if refused and write:
+        outcome = Outcome.EMULATE
+    if flushes:
+        flush_remote(vm.word, vcpu.stat)
+    if was_mapped:
+        remember(vm, index, gfn, access)
+    else:
+        add_leaf(vm, vcpu.stat, slot, index, gfn, access, level)
+    return outcome
+
+
+# --- neighbours ------------------------------------------------------------------------------------------------------------
+
+
+@inner(inline=True)
+def prefetch_neighbours(vm, vcpu, index):
+    """Map the free entries of the aligned eight around a new 4 KiB leaf (truth README section 6)."""
+    if vm.word[VmWord.PREFETCH] == ZERO:
+        return
+    if is_indirect(vm.page[index >> INDEX_BITS]):
+        prefetch_gptes(vm, vcpu, index)
+    else:
+        prefetch_direct(vm, vcpu, index)
+
+
+@inner
+def prefetch_gptes(vm, vcpu, index):
+    """By the guest's entries, from the lowest up, until one cannot be taken."""
+    start = index & ~(PREFETCH_PAGES - ONE)
+    for at in range(start, start + PREFETCH_PAGES):
+        if at != index and not is_present(vm.spt[at]):
+            if not prefetch_gpte(vm, vcpu, at, read_gpte(vm, at), True):
+                return
+
+
+@inner
+def prefetch_direct(vm, vcpu, index):
+    """Run by run of free entries.
+
+    A run ends the prefetch if it cannot be taken whole: its first page has no memslot, or one that is read-only, or that logs where
+    the pages would be writable, or the run crosses the slot's end.
+    """
+    start = index & ~(PREFETCH_PAGES - ONE)
+    run = NOT_STARTED
+    for at in range(start, start + PREFETCH_PAGES + ONE):
+        taken = at == start + PREFETCH_PAGES or at == index or is_present(vm.spt[at])
+        if not taken:
+            if run == NOT_STARTED:
+                run = at
+        elif run != NOT_STARTED:
+            if not prefetch_run(vm, vcpu, run, at):
+                return
+            run = NOT_STARTED
+
+
+@inner
+def prefetch_run(vm, vcpu, start, end):
+    """Map the entries [start, end) of a direct shadow page; False when they cannot be taken."""
+    gfn, access = gfn_of_entry(vm, start), access_of_entry(vm, start)
+    number = slot_by_gfn(vm, vcpu, gfn)
+    if number == NO_SLOT:
+        return False
+    slot = vm.mem.slots[number]
+    if is_readonly(slot) or (access & ACC.W != ZERO and logs_dirty(slot)) or gfn + (end - start) > slot["base"] + slot["pages"]:
+        return False
+    for index in range(start, end):
+        set_leaf(vm, vcpu, number, index, ONE, gfn, access, False, True)
+        gfn += ONE
+    return True
+
+
+@inner
+def read_gpte(vm, index):
+    """The guest's entry that the leaf at `index` follows, as it is now. Its table lies in a memslot: else it would be zapped."""
+    page, entry = vm.page[index >> INDEX_BITS], index & (TABLE_SIZE - ONE)
+    table = page["gfn"] << PAGE_SHIFT
+    if page["role"] & FOUR_BYTE != NONE:
+        quadrant = (np.uint64(page["role"]) & QUADRANT) >> QUADRANT_SHIFT
+        return np.uint64(load(vm.mem.halves, (table >> HALF_SHIFT) + (quadrant << INDEX_BITS) + entry))
+    return load(vm.mem.words, (table >> WORD_SHIFT) + entry)
+
+
+@inner
+def is_invalid(vcpu, gpte):
+    """Whether nothing is mapped by an entry without asking the guest's walk: not present, never accessed, reserved bits."""
+    if gpte & (GPTE64.P | GPTE64.A) != GPTE64.P | GPTE64.A:
+        return True
+    return gpte & vcpu.mmu.reserved[reserved_row(gpte & vcpu.mmu.reg[Reg.LARGE], ONE)] != ZERO
+
+
+@inner
+def rights_of(vm, index, gpte):
+    """What the page's role and the entry grant; no write before D is set (facts 1.1, W16)."""
+    role = np.uint64(vm.page[index >> INDEX_BITS]["role"])
+    access = ((role & ROLE.ACCESS) >> np.uint64(8)) & access_of(gpte ^ GPTE64.NX)
+    return access & ~ACC.W if gpte & GPTE64.D == ZERO else access
+
+
+@inner
+def gfn_of(gpte):
+    """Frame in an entry of a leaf table."""
+    return (gpte & GPTE64.ADDR) >> PAGE_SHIFT
+
+
+@inner
+def clear_leaf(vm, stat, index):
+    """Remove whatever a leaf entry holds."""
+    if is_present(vm.spt[index]):
+        drop_leaf(vm, stat, index)
+    vm.spt[index] = ZERO
+
+
+@inner
+def prefetch_gpte(vm, vcpu, index, gpte, unlogged):
+    """Map what the guest's entry says, as if it had been accessed; with `unlogged` not writably where a slot logs. False: it cannot
+    be taken."""
+    if is_invalid(vcpu, gpte):
+        clear_leaf(vm, vcpu.stat, index)
+        return False
+    gfn, access = gfn_of(gpte), rights_of(vm, index, gpte)
+    number = slot_by_gfn(vm, vcpu, gfn)
+    if number == NO_SLOT:
+        return False
+    slot = vm.mem.slots[number]
+    if is_readonly(slot) or (unlogged and access & ACC.W != ZERO and logs_dirty(slot)):
+        return False
+    set_leaf(vm, vcpu, number, index, ONE, gfn, access, False, True)
+    return True
+
+
+# --- sync ------------------------------------------------------------------------------------------------------------------
+
+
+@inner
+def sync_page(vm, vcpu, table):
+    """Bring the leaves of an unsync page up to date; whether that is a reason to flush (facts 5.12.4).
+
+    6.1 builds each again, as a prefetch: A is lost, and D where it was writable. Later kernels leave one alone whose rights, as
+    they are kept beside the gfn, did not change (SYNC_SKIPS_UNCHANGED).
+    """
+    flushes = False
+    for index in range(table * TABLE_SIZE, (table + ONE) * TABLE_SIZE):
+        if vm.spt[index] != ZERO:
+            flushes |= sync_leaf(vm, vcpu, index)
+    return flushes
+
+
+@inner
+def sync_leaf(vm, vcpu, index):
+    """One leaf of them."""
+    gpte, old = read_gpte(vm, index), vm.spt[index]
+    if is_invalid(vcpu, gpte):
+        clear_leaf(vm, vcpu.stat, index)
+        return True
+    gfn, access = gfn_of(gpte), rights_of(vm, index, gpte)
+    if is_mmio(vm.word, old):
+        vm.spt[index] = make_mmio(vm.word, gfn, access) if mmio_gfn(old) == gfn else ZERO
+        return False
+    if gfn_of_entry(vm, index) != gfn:
+        drop_leaf(vm, vcpu.stat, index)
+        return True
+    if vm.word[VmWord.SYNC_SKIPS_UNCHANGED] != ZERO and access_of_entry(vm, index) == access:
+        return False
+    remember(vm, index, gfn, access)
+    slot = vm.mem.slots[slot_by_gfn(vm, vcpu, gfn)]
+    host_writable = old & vm.word[VmWord.HOST_WRITABLE] != ZERO
+    spte, _ = make_shadow_leaf(vm, vcpu, slot, gfn, ONE, access, old, False, host_writable, True)
+    vm.spt[index] = spte
+    return loses(vm.word, old, spte)
