@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from fastmmu.bits import PFERR
 from fastmmu.machine import NotBuilt
 from fastmmu.trace.scenario import load_scenario
 from fastmmu.validate import Replay, validate
@@ -35,14 +36,22 @@ def test_a_real_kvm_counted_the_same(truth: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT)
 def test_faults_come_in_the_recorded_order(truth: Path, name: str) -> None:
-    """`info.faults` is not required, but it was recorded: address and error code of each fault, in order."""
+    """`info.faults` is not required, but it was recorded: address and error code of each fault, in order.
+
+    Of a fetch only the page: where in its page of code the guest was is not in the file.
+    """
     document = json.loads((truth / f"{name}.json").read_text())
     replay = Replay(load_scenario(truth / f"{name}.json"))
     for step, raw in zip(replay.scenario.steps, document["steps"], strict=True):
         seen = replay.run_step(step)
         if "faults" in raw.get("info", {}):
             runs = [(int(a, 16), int(s, 16), n, int(code, 16)) for a, s, n, code in raw["info"]["faults"]]
-            assert seen.faults == [(a + i * s, code) for a, s, n, code in runs for i in range(n)]
+            expected = [(a + i * s, code) for a, s, n, code in runs for i in range(n)]
+            assert [page_of_fetch(*one) for one in seen.faults] == [page_of_fetch(*one) for one in expected]
+
+
+def page_of_fetch(address: int, code: int) -> tuple[int, int]:
+    return (address & ~0xFFF if code & int(PFERR.F) else address), code
 
 
 def test_the_example_that_is_shipped() -> None:
