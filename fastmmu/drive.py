@@ -11,9 +11,7 @@ from fastmmu.bits import CR4, GPTE64, ONE, PAGE_OFFSET, PFERR, WORD_SHIFT, ZERO
 from fastmmu.events import Op
 from fastmmu.guest import (
     access_bytes,
-    access_page,
     emulate,
-    emulate_access,
     read_guest,
     store_unseen,
     write_guest,
@@ -49,7 +47,7 @@ from fastmmu.walk import ALL_ONES, MODE_PAE
 ) = (np.uint8(op) for op in Op)  # fmt: skip
 LOG_MARGIN = np.uint64(256)  # rows that one event may need
 WORD_BYTES, BYTE_BITS = np.uint64(8), np.uint64(3)
-W = np.uint8(PFERR.W)
+W, F = np.uint8(PFERR.W), np.uint8(PFERR.F)
 NO = np.uint8(0)
 
 
@@ -61,60 +59,6 @@ def vcpu_of(vcpus, number):
 
 
 @inner
-def store_entry(vm, vcpu, log, event, gpa, value):
-    """A guest store to a page table whose gva is not known. With two-dimensional paging it goes through the map like any other
-    write. False: the end."""
-    count(vcpu.stat, Counter.STORES)
-    if vm.word[VmWord.TDP] == ZERO:
-        if is_asked(vm, vcpu) and not enter(vm, vcpu):
-            return False
-        store_unseen(vm, vcpu, gpa, value)
-        return True
-    touched = access_page(vm, vcpu, log, event, gpa, PFERR.W | PFERR.GUEST_FINAL)
-    if touched.status == Status.DONE:
-        write_memory(vm.mem.words, gpa, WORD_BYTES, value)
-        note_write(vm, vcpu, gpa)
-    return touched.status != Status.STOP  # to a device or to read-only memory nothing is stored
-
-
-@inner
-def data_access(vm, vcpu, log, supply, event, op, row, compared):
-    """A LOAD, WRITE or EXCHANGE: its Touch. Data come and go by memory, or by the emulator."""
-    gva, size, value = row["address"], np.uint64(row["size"]), row["value"]
-    access = np.uint64(row["access"])
-    touched, second = access_bytes(vm, vcpu, log, event, gva, size, access)
-    if touched.status == Status.DONE:
-        if op != WRITE:
-            seen = read_guest(vm, gva, size, touched.gpa, second)
-            write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
-            if op == LOAD:
-                return touched
-            if seen != compared:
-                value = seen  # an exchange that fails writes back what it saw
-        write_guest(vm, vcpu, gva, size, touched.gpa, second, value)
-        return touched
-    if touched.status != Status.EMULATED:
-        return touched
-    faulted, seen = touched.address, ZERO
-    if op != WRITE:
-        touched, seen = emulate(vm, vcpu, log, supply, event, gva, size, access & ~PFERR.W, faulted, ZERO)
-        if touched.status == Status.FAULT and op == EXCHANGE:
-            return Touch(touched.status, ZERO, touched.address, touched.pferr | PFERR.W)  # what it reads it would write
-        if touched.status != Status.EMULATED:
-            return touched
-        if op == LOAD:
-            write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
-            return touched
-        vcpu.stat[Counter.INSN_EMULATION] -= 1  # one instruction
-        if seen != compared:
-            value = seen
-    touched, _ = emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, value)
-    if op == EXCHANGE and touched.status == Status.EMULATED:
-        write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
-    return touched
-
-
-@inner
 def is_own_store(row, behind):
     """Whether the STORE behind a recorded write is that write: it tells what was stored."""
     if behind["op"] != STORE or row["checked"] == NO or row["access"] & W == NO:
@@ -123,29 +67,75 @@ def is_own_store(row, behind):
 
 
 @inner
-def plain_access(vm, vcpu, log, supply, event, row, known, data):
-    """An ACCESS or DEVICE: where it goes; `known` if it is a write of `data`."""
-    gva, access = row["address"], np.uint64(row["access"])
-    if access & PFERR.F != ZERO:
-        vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS] = gva, access
-    touched = access_page(vm, vcpu, log, event, gva, access)
+def finish(vm, vcpu, log, supply, event, row, compared, known, stored, touched, second):
+    """What an access does when its addresses are found, or when KVM is to emulate it: its Touch.
+
+    `second` is the gpa of its second page. Of an ACCESS the data are `stored` if they are `known`.
+    """
+    op, gva, size, value, access = row["op"], row["address"], np.uint64(row["size"]), row["value"], np.uint64(row["access"])
     if touched.status == Status.DONE:
-        if access & PFERR.W != ZERO:
-            note_write(vm, vcpu, touched.gpa)
-    elif touched.status == Status.EMULATED:
-        size = max(np.uint64(row["size"]), ONE)
-        touched = emulate_access(vm, vcpu, log, supply, event, gva, size, access, touched.address, known, data)
+        if op == STORE:
+            write_guest(vm, vcpu, gva, WORD_BYTES, touched.gpa, ZERO, value)
+        elif op <= DEVICE:
+            if access & PFERR.W != ZERO:
+                note_write(vm, vcpu, touched.gpa)
+        else:
+            transfer(vm, vcpu, log, event, row, compared, touched.gpa, second)
+        return touched
+    if touched.status != Status.EMULATED or op == STORE:  # a STORE to a device or to read-only memory is lost
+        return touched
+    if access & PFERR.F != ZERO:
+        stop(vm, Stop.DEVICE_FETCH, gva, access)
+        return Touch(Status.STOP, ZERO, gva, ZERO)
+    if op <= DEVICE:
+        size, value = max(size, ONE), stored
+        known = known or access & PFERR.W == ZERO
+        size = min(size, WORD_BYTES - (gva & (WORD_BYTES - ONE))) if known else size
+    else:
+        known = True
+    return emulate_row(vm, vcpu, log, supply, event, op, gva, size, access, touched.address, known, value, compared)
+
+
+@inner
+def transfer(vm, vcpu, log, event, row, compared, gpa, second):
+    """A LOAD, WRITE or EXCHANGE of memory that the processor does itself."""
+    op, gva, size, value = row["op"], row["address"], np.uint64(row["size"]), row["value"]
+    if op != WRITE:
+        seen = read_guest(vm, gva, size, gpa, second)
+        write_log(vm, log, LogKind.LOADED, row["size"], event, gva, seen)
+        if seen != compared:
+            value = seen  # an exchange that fails writes back what it saw
+    if op != LOAD:
+        write_guest(vm, vcpu, gva, size, gpa, second, value)
+
+
+@inner
+def emulate_row(vm, vcpu, log, supply, event, op, gva, size, access, faulted, known, value, compared):
+    """An access by KVM's emulator; an EXCHANGE first reads, then writes, as one instruction."""
+    reads, writes = op in (LOAD, EXCHANGE), op == EXCHANGE
+    while True:
+        one = access & ~PFERR.W if reads else access
+        touched, seen = emulate(vm, vcpu, log, supply, event, gva, size, one, faulted, known, value)
+        if touched.status == Status.FAULT and reads and writes:
+            return Touch(touched.status, ZERO, touched.address, touched.pferr | PFERR.W)  # what it reads it would write
+        if touched.status != Status.EMULATED:
+            return touched
+        if not (reads and writes):
+            break
+        value, compared = (value if seen == compared else seen), seen
+        reads = False
+        vcpu.stat[Counter.INSN_EMULATION] -= 1
+    if op in (LOAD, EXCHANGE):
+        write_log(vm, log, LogKind.LOADED, np.uint8(size), event, gva, compared if writes else seen)
     return touched
 
 
 @inner
-def recorded_write(vm, vcpu, log, supply, event, row, behind):
-    """A recorded write whose data the STORE behind it tells: that one is done with it."""
-    touched = quick_access(vm, vcpu, row)
-    offset = (row["value"] & (WORD_BYTES - ONE)) << BYTE_BITS
-    if touched.status != Status.DONE:
-        touched = plain_access(vm, vcpu, log, supply, event, row, True, behind["value"] >> offset)
-    return touched
+def access_of_row(op, row):
+    """(address, size, access) of what a row touches; a STORE names a gpa."""
+    if op == STORE:
+        return row["address"], WORD_BYTES, PFERR.W | PFERR.GUEST_FINAL
+    return row["address"], (np.uint64(row["size"]) if op > DEVICE else ONE), np.uint64(row["access"])
 
 
 @inner(inline=True)
@@ -324,31 +314,41 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
         events: EVENT rows.
     """
     vcpu = vcpu_of(vcpus, vm.word[VmWord.VCPU])
+    two_dimensional = vm.word[VmWord.TDP] != ZERO
     vm.word[VmWord.STOP] = ZERO
     for i in range(first, len(events)):
         row = events[i]
         op, address, value = row["op"], row["address"], row["value"]
-        if op <= DEVICE or op in (LOAD, WRITE, EXCHANGE):
+        if op <= STORE or op in (LOAD, WRITE, EXCHANGE):
             if vm.word[VmWord.LOGGED] + LOG_MARGIN > np.uint64(len(log)) and vm.word[VmWord.STOP_WHEN_FULL] != ZERO:
                 stop(vm, Stop.LOG_FULL, address, ZERO)
                 return i
-            if op <= DEVICE:
-                if i + 1 < len(events) and is_own_store(row, events[i + 1]) and is_shadow_paging(vm, vcpu):
-                    touched = recorded_write(vm, vcpu, log, supply, i, row, events[i + 1])
-                else:
-                    touched = quick_access(vm, vcpu, row)
-                    if touched.status != Status.DONE:
-                        touched = plain_access(vm, vcpu, log, supply, i, row, False, ZERO)
-            else:
-                compared = events[i + 1]["value"] if op == EXCHANGE else ZERO
-                touched = data_access(vm, vcpu, log, supply, i, op, row, compared)
-            if not after_access(vm, vcpu, log, i, row, touched):
-                return i
-        elif op == STORE:
-            if i > 0 and is_own_store(events[i - 1], row) and is_shadow_paging(vm, vcpu):
+            if op == STORE:
                 count(vcpu.stat, Counter.STORES)
-                write_memory(vm.mem.words, address, WORD_BYTES, value)
-            elif not store_entry(vm, vcpu, log, i, address, value):
+                if not two_dimensional:
+                    if i > 0 and is_own_store(events[i - 1], row):
+                        write_memory(vm.mem.words, address, WORD_BYTES, value)
+                    elif is_asked(vm, vcpu) and not enter(vm, vcpu):
+                        return i
+                    else:
+                        store_unseen(vm, vcpu, address, value)
+                    continue
+            touched = quick_access(vm, vcpu, row) if op <= DEVICE else not_plain()
+            if touched.status != Status.DONE:
+                if op <= DEVICE and row["access"] & F != NO:
+                    vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS] = address, np.uint64(row["access"])
+                known, stored, compared = False, ZERO, ZERO
+                if i + 1 < len(events):
+                    compared = events[i + 1]["value"]
+                    if not two_dimensional and op <= DEVICE and is_own_store(row, events[i + 1]):
+                        known, stored = True, compared >> ((value & (WORD_BYTES - ONE)) << BYTE_BITS)
+                gva, size, access = access_of_row(op, row)
+                touched, second = access_bytes(vm, vcpu, log, i, gva, size, access)
+                touched = finish(vm, vcpu, log, supply, i, row, compared, known, stored, touched, second)
+            if op == STORE:
+                if touched.status == Status.STOP:
+                    return i
+            elif not after_access(vm, vcpu, log, i, row, touched):
                 return i
         elif op == CR3:
             load_cr3(vm, vcpu, log, i, value)

@@ -95,17 +95,18 @@ def blocked(vm, pferr):
     return vm.word[VmWord.TDP] != ZERO and pferr & table_write == table_write
 
 
-@inner
+@inner(inline=True)
 def access_bytes(vm, vcpu, log, event, gva, size, access):
     """An access of `size` bytes, over a page boundary if need be: (Touch of the first page, gpa of the second or 0)."""
-    first = access_page(vm, vcpu, log, event, gva, access)
+    page, first = gva, Touch(Status.DONE, ZERO, ZERO, ZERO)
     end = gva + size - ONE
-    if first.status != Status.DONE or end >> PAGE_SHIFT == gva >> PAGE_SHIFT:
-        return first, ZERO
-    second = access_page(vm, vcpu, log, event, end & ~PAGE_OFFSET, access)
-    if second.status != Status.DONE:
-        return second, ZERO
-    return first, second.gpa
+    while True:
+        touched = access_page(vm, vcpu, log, event, page, access)
+        if touched.status != Status.DONE or end >> PAGE_SHIFT == gva >> PAGE_SHIFT:
+            return touched, ZERO
+        if page != gva:
+            return first, touched.gpa
+        page, first = end & ~PAGE_OFFSET, touched
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
@@ -205,11 +206,12 @@ def is_device(vm, vcpu, gpa, write):
 
 
 @inner
-def emulate_memory(vm, vcpu, gpa, size, write, value):
-    """One page of an emulated access that memory answers: the value read."""
+def emulate_memory(vm, vcpu, gpa, size, write, known, value):
+    """One page of an emulated access that memory answers: the value read. What is not known is not written."""
     if not write:
         return read_memory(vm.mem.words, gpa, size)
-    write_memory(vm.mem.words, gpa, size, value)
+    if known:
+        write_memory(vm.mem.words, gpa, size, value)
     after_emulated_write(vm, vcpu, gpa, size)
     return ZERO
 
@@ -232,58 +234,40 @@ def emulate_device(vm, log, supply, event, gpa, size, write, value):
 
 
 @inner
-def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, value):
+def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, known, value):
     """KVM's emulator does the access (facts 4.3): (Touch, value read). Memory is accessed page by page, as it is found; user space
-    is asked when both pages are known."""
-    if access & PFERR.F != ZERO:
-        stop(vm, Stop.DEVICE_FETCH, gva, access)
-        return Touch(Status.STOP, ZERO, gva, ZERO), ZERO
+    is asked when both pages are known.
+
+    A write whose data are not `known` leaves memory as it is; its `size` may be more than 8 bytes, but it ends with its page.
+    """
     count(vcpu.stat, Counter.INSN_EMULATION)
     write = access & PFERR.W != ZERO
     part = bytes_to_page_end(gva, size)
-    shift = part << BYTE_BITS
-    data, rest = ZERO, ZERO
-    first = emulated_gpa(vm, vcpu, gva, access, faulted)
-    if first.status != Status.DONE:
-        return first, ZERO
-    device = is_device(vm, vcpu, first.gpa, write)
-    if not device:
-        data = emulate_memory(vm, vcpu, first.gpa, part, write, value)
-    second, second_device = first, False
-    if part < size:
-        second = emulated_gpa(vm, vcpu, gva + part, access, faulted)
-        if second.status != Status.DONE:
-            return second, ZERO
-        second_device = is_device(vm, vcpu, second.gpa, write)
-        if not second_device:
-            rest = emulate_memory(vm, vcpu, second.gpa, size - part, write, value >> shift)
-    if device:
-        data = emulate_device(vm, log, supply, event, first.gpa, part, write, value)
+    shift, asked = part << BYTE_BITS, part if known else ONE
+    address, length, data = gva, part, ZERO
+    first, second, first_device, second_device = ZERO, ZERO, False, False
+    while True:
+        touched = emulated_gpa(vm, vcpu, address, access, faulted)
+        if touched.status != Status.DONE:
+            return touched, ZERO
+        device = is_device(vm, vcpu, touched.gpa, write)
+        if not device:
+            answer = emulate_memory(vm, vcpu, touched.gpa, length, write, known, value >> shift if address != gva else value)
+            data |= answer << shift if address != gva else answer
+        if address == gva:
+            first, first_device = touched.gpa, device
+        else:
+            second, second_device = touched.gpa, device
+        if address != gva or part == size or not known:
+            break
+        address, length = gva + part, size - part
+    if first_device:
+        data |= emulate_device(vm, log, supply, event, first, asked, write, value)
     if second_device:
-        rest = emulate_device(vm, log, supply, event, second.gpa, size - part, write, value >> shift)
-    if part < size:
-        data |= rest << shift
-    if device or second_device:
+        data |= emulate_device(vm, log, supply, event, second, length, write, value >> shift) << shift
+    if first_device or second_device:
         count(vcpu.stat, Counter.MMIO_EXITS)
-    return Touch(Status.EMULATED, first.gpa, ZERO, ZERO), data
-
-
-@inner
-def emulate_access(vm, vcpu, log, supply, event, gva, size, access, faulted, known, value):
-    """KVM's emulator does an ACCESS: as `emulate`, but a write whose data are not `known` leaves memory as it is, and `size` may be
-    more than 8 bytes then."""
-    write = access & PFERR.W != ZERO
-    if known or not write or not is_shadow_paging(vm, vcpu):
-        entry_rest = np.uint64(8) - (gva & BYTES_MASK)
-        touched, _ = emulate(vm, vcpu, log, supply, event, gva, min(size, entry_rest) if known else ONE, access, faulted, value)
-        return touched
-    first = emulated_gpa(vm, vcpu, gva, access, faulted)
-    if first.status != Status.DONE or is_device(vm, vcpu, first.gpa, True):
-        touched, _ = emulate(vm, vcpu, log, supply, event, gva, ONE, access, faulted, ZERO)
-        return touched
-    count(vcpu.stat, Counter.INSN_EMULATION)
-    after_emulated_write(vm, vcpu, first.gpa, min(size, (PAGE_OFFSET & ~gva) + ONE))
-    return Touch(Status.EMULATED, first.gpa, ZERO, ZERO)
+    return Touch(Status.EMULATED, first, ZERO, ZERO), data
 
 
 @inner

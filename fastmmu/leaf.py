@@ -83,7 +83,7 @@ def set_leaf(vm, vcpu, number, index, level, gfn, access, write, prefetch):
 # --- neighbours ------------------------------------------------------------------------------------------------------------
 
 
-@inner(inline=True)
+@inner
 def prefetch_neighbours(vm, vcpu, index):
     """Map the free entries of the aligned eight around a new 4 KiB leaf (truth README section 6)."""
     if vm.word[VmWord.PREFETCH] == ZERO:

@@ -128,7 +128,7 @@ def count_nx_split(vm, stat, table):
         count(stat, Counter.NX_LPAGE_SPLITS)
 
 
-@inner(inline=True)
+@inner
 def map_leaf(vm, vcpu, number, page, table, level, gfn, access, limit, pferr):
     """From `table` of `level` down to the goal level, by direct pages, and the leaf there: an `Outcome`.
 
