@@ -108,7 +108,7 @@ def print_validations(outcomes: list[Validation]) -> None:
 def replay_command(args: argparse.Namespace) -> int:
     """`fastmmu replay`: a recorded stream through the MMU; exit status 1 at the first record that goes elsewhere."""
     workload = load_replay(args.file, args.records)
-    kvm = Kvm(tdp_mmu=args.mmu == "tdp", nx_huge_pages=args.nx_huge_pages, ept=args.ept, tlb=args.tlb)
+    kvm = Kvm(tdp=args.mmu != "shadow", tdp_mmu=args.mmu == "tdp", nx_huge_pages=args.nx_huge_pages, ept=args.ept, tlb=args.tlb)
     machine = machine_for(workload, kvm, host_level=HOST_LEVELS[args.host_page])
     tell_compiling()
     done = TextColumn("{task.completed:,}/{task.total:,}")

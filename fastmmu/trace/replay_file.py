@@ -28,6 +28,7 @@ COLUMNS = ("meta", "start_words", *RECORD_COLUMNS, *EVENT_COLUMNS, *STORE_COLUMN
 
 READ, WRITE, FETCH = range(3)
 LARGEST_ACCESS = 12  # log2 of a page: no access is larger
+LARGEST_SIZE = 128  # of an event: what is larger matters to nobody
 PROT_USER = 1
 EVENT_CR3, EVENT_INVLPG, EVENT_INVPCID = 1, 2, 3
 FLAG_STORE, FLAG_LINKED, FLAG_RELEASED = range(3)
@@ -223,6 +224,7 @@ def _merge(record: dict[str, np.ndarray], store: dict[str, np.ndarray], event: d
     accesses["op"] = np.where(record["io"] == 1, Op.DEVICE, Op.ACCESS)
     accesses["access"] = ACCESS_OF_KIND[record["kind"]] | np.where(record["prot"] & PROT_USER, np.uint8(PFERR.U), np.uint8(0))
     accesses["checked"] = 1
+    accesses["size"] = np.minimum(1 << record["size"].astype(np.uint16), LARGEST_SIZE)
     accesses["record"] = np.arange(len(accesses))
     accesses["address"], accesses["value"] = record["gva"], record["gpa"]
 
