@@ -75,7 +75,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command = subparsers.add_parser("replay", help="replay a recorded stream through KVM's MMU")
     command.set_defaults(run=commands.replay_command)
     command.add_argument("file", type=Path, metavar="FILE", help="an .npz replay file (docs/replay-format.md)")
-    command.add_argument("--mmu", choices=("tdp", "legacy", "shadow"), default="tdp", help="TDP MMU, or the shadow MMU's direct map")
+    command.add_argument(
+        "--mmu", choices=("tdp", "legacy", "shadow"), default="tdp", help="TDP MMU, or the shadow MMU's direct map"
+    )
     levels = tuple(commands.HOST_LEVELS)
     command.add_argument("--host-page", choices=levels, default="4k", help="the host's own mapping of the memory (default: 4k)")
     command.add_argument("--tlb", type=geometry, default=(256, 4), metavar="SETSxWAYS", help="the vCPU's TLB (default: 256x4)")

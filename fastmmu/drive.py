@@ -66,7 +66,7 @@ def is_own_store(row, behind):
     return row["value"] >> WORD_SHIFT == behind["address"] >> WORD_SHIFT
 
 
-@inner
+@inner(inline=True)
 def finish(vm, vcpu, log, supply, event, row, compared, known, stored, touched, second):
     """What an access does when its addresses are found, or when KVM is to emulate it: its Touch.
 
@@ -109,7 +109,7 @@ def transfer(vm, vcpu, log, event, row, compared, gpa, second):
         write_guest(vm, vcpu, gva, size, gpa, second, value)
 
 
-@inner
+@inner(inline=True)
 def emulate_row(vm, vcpu, log, supply, event, op, gva, size, access, faulted, known, value, compared):
     """An access by KVM's emulator; an EXCHANGE first reads, then writes, as one instruction."""
     reads, writes = op in (LOAD, EXCHANGE), op == EXCHANGE
@@ -142,8 +142,6 @@ def access_of_row(op, row):
 def quick_access(vm, vcpu, row):
     """An ACCESS or DEVICE that neither exits nor faults: by the TLB, or by a plain walk. Not DONE says that it is none of these."""
     gva, access = row["address"], np.uint64(row["access"])
-    if is_asked(vm, vcpu):
-        return not_plain()
     if access & PFERR.F != ZERO:
         vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS] = gva, access
     entry = lookup(vcpu.tlb, vcpu.mmu, gva, access)
@@ -180,7 +178,7 @@ def after_access(vm, vcpu, log, event, row, touched):
     return True
 
 
-@inner
+@inner(inline=True)
 def load_cr3(vm, vcpu, log, event, value):
     """MOV to CR3. With two-dimensional paging KVM does not see it, and the TLB, which knows no PCIDs, is flushed."""
     if vm.word[VmWord.TDP] != ZERO:
@@ -217,7 +215,7 @@ def invalidate_page(vm, vcpu, gva):
         invalidate_all_roots(vm, vcpu, gva)
 
 
-@inner
+@inner(inline=True)
 def invalidate_all(vm, vcpu):
     """INVPCID of everything, or an INVLPG whose operand is not known."""
     if vm.word[VmWord.TDP] == ZERO:
@@ -323,13 +321,13 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
             if vm.word[VmWord.LOGGED] + LOG_MARGIN > np.uint64(len(log)) and vm.word[VmWord.STOP_WHEN_FULL] != ZERO:
                 stop(vm, Stop.LOG_FULL, address, ZERO)
                 return i
+            if is_asked(vm, vcpu) and not enter(vm, vcpu):
+                return i
             if op == STORE:
                 count(vcpu.stat, Counter.STORES)
                 if not two_dimensional:
                     if i > 0 and is_own_store(events[i - 1], row):
                         write_memory(vm.mem.words, address, WORD_BYTES, value)
-                    elif is_asked(vm, vcpu) and not enter(vm, vcpu):
-                        return i
                     else:
                         store_unseen(vm, vcpu, address, value)
                     continue

@@ -49,7 +49,7 @@ FAST_RETRIES = 4
 MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATION), int(VcpuWord.PML_LOG)
 
 
-@inner
+@inner(inline=True)
 def cache_mmio(vm, vcpu, gva, gfn, access):
     """Remember the device page in the MMIO info cache (facts 4.1); gva 0 where the address that faulted is a gpa."""
     if vm.word[VmWord.MMIO_INFO] != ZERO:
@@ -68,7 +68,7 @@ def is_remembered(vm, vcpu, address):
     return match_gpa(entry, generation, vcpu.mmu, address)
 
 
-@inner
+@inner(inline=True)
 def mmio_fault(vm, vcpu, address):
     """The processor met a reserved bit: EMULATE, or INVALID for the slow path, or RETRY (facts 4.4)."""
     if is_remembered(vm, vcpu, address):
@@ -202,7 +202,7 @@ def map_tdp(vm, vcpu, number, gfn, fetch):
     return Outcome.FIXED if number != NO_SLOT else Outcome.EMULATE
 
 
-@inner
+@inner(inline=True)
 def without_memory(vm, vcpu, number, gva, gfn, access, pferr):
     """EMULATE for what no leaf can answer, INVALID for the rest: no memslot and no MMIO sptes; a write to a read-only memslot."""
     if number == NO_SLOT:
@@ -214,7 +214,7 @@ def without_memory(vm, vcpu, number, gva, gfn, access, pferr):
     return Outcome.INVALID
 
 
-@inner
+@inner(inline=True)
 def is_tracked_write(vm, number, gfn, pferr):
     """Whether the fault is a write to an upper table of the guest that is shadowed; before the fault is looked at any closer."""
     write = PFERR.P | PFERR.W
@@ -243,7 +243,7 @@ def handle_direct(vm, vcpu, address, pferr):
     return map_direct(vm, vcpu, number, gfn, pferr)
 
 
-@inner
+@inner(inline=True)
 def handle_indirect(vm, vcpu, gva, pferr):
     """A fault under shadow paging: the guest's own tables decide (facts 5.4c)."""
     walk = walk_for_kvm(vm, vcpu, gva, pferr & (PFERR.W | PFERR.U | PFERR.F))

@@ -51,7 +51,7 @@ def stop_reason(outcome):
     return Stop.END
 
 
-@inner
+@inner(inline=True)
 def access_page(vm, vcpu, log, event, gva, access):
     """Do an access within one page, however often it faults: DONE with the gpa, FAULT, EMULATED (to be done) with the gpa that
     faulted, or STOP. With PFERR.GUEST_FINAL in `access` the address is a gpa: the guest's own tables are not asked."""
@@ -170,7 +170,7 @@ def write_guest(vm, vcpu, gva, size, gpa, second, value):
 # --- emulation -------------------------------------------------------------------------------------------------------------
 
 
-@inner
+@inner(inline=True)
 def emulated_gpa(vm, vcpu, gva, access, faulted):
     """(Touch) of one page as the emulator finds it (facts 4.3): the gpa that faulted where the offset is the same, or the device
     page that KVM remembers, else by a walk."""
@@ -205,7 +205,7 @@ def is_device(vm, vcpu, gpa, write):
     return number == NO_SLOT or (write and is_readonly(vm.mem.slots[number]))
 
 
-@inner
+@inner(inline=True)
 def emulate_memory(vm, vcpu, gpa, size, write, known, value):
     """One page of an emulated access that memory answers: the value read. What is not known is not written."""
     if not write:
@@ -216,7 +216,7 @@ def emulate_memory(vm, vcpu, gpa, size, write, known, value):
     return ZERO
 
 
-@inner
+@inner(inline=True)
 def after_emulated_write(vm, vcpu, gpa, size):
     """KVM wrote to the guest's memory for the guest: it is logged, and shadow pages of what was written are told."""
     number = slot_by_gfn(vm, vcpu, gpa >> PAGE_SHIFT)
@@ -233,7 +233,7 @@ def emulate_device(vm, log, supply, event, gpa, size, write, value):
     return data
 
 
-@inner
+@inner(inline=True)
 def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, known, value):
     """KVM's emulator does the access (facts 4.3): (Touch, value read). Memory is accessed page by page, as it is found; user space
     is asked when both pages are known.

@@ -66,7 +66,7 @@ def drain_pml(vm, vcpu):
     vcpu.own[VcpuWord.PML] = ZERO
 
 
-@inner
+@inner(inline=True)
 def leave(vm, vcpu):
     """The guest exits to KVM."""
     count(vcpu.stat, Counter.EXITS_NO_IRQ)

@@ -24,7 +24,7 @@ FOUR_BYTE, QUADRANT = np.uint32(ROLE.FOUR_BYTE_GPTE), ROLE.QUADRANT
 QUADRANT_SHIFT = np.uint64(5)
 
 
-@inner
+@inner(inline=True)
 def make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, can_unsync, host_writable, prefetch):
     """(leaf spte, whether it was refused to be writable because a guest's table lies there); what it may write is logged.
 
@@ -40,8 +40,8 @@ def make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, can_unsync, host_w
     return spte, refused
 
 
-@inner
-def set_leaf(vm, vcpu, number, index, level, gfn, access, write, prefetch):
+@inner(inline=True)
+def set_leaf(vm, vcpu, number, index, level, gfn, access, write):
     """Write the leaf of a shadow page for the frame of `gfn`: an `Outcome` (facts 5.10)."""
     old = vm.spt[index]
     flushes, was_mapped = False, False
@@ -63,7 +63,7 @@ def set_leaf(vm, vcpu, number, index, level, gfn, access, write, prefetch):
         return Outcome.EMULATE
     slot = vm.mem.slots[number]
     outcome = Outcome.FIXED
-    spte, refused = make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, True, not is_readonly(slot), prefetch)
+    spte, refused = make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, True, not is_readonly(slot), False)
     if spte == old:
         outcome = Outcome.SPURIOUS
     else:
@@ -80,10 +80,18 @@ def set_leaf(vm, vcpu, number, index, level, gfn, access, write, prefetch):
     return outcome
 
 
+@inner(inline=True)
+def prefetch_leaf(vm, vcpu, slot, index, gfn, access):
+    """The same for a 4 KiB leaf that nobody asked for, in place of nothing or of an MMIO spte."""
+    spte, _ = make_shadow_leaf(vm, vcpu, slot, gfn, ONE, access, vm.spt[index], True, True, True)
+    vm.spt[index] = spte
+    add_leaf(vm, vcpu.stat, slot, index, gfn, access, ONE)
+
+
 # --- neighbours ------------------------------------------------------------------------------------------------------------
 
 
-@inner
+@inner(inline=True)
 def prefetch_neighbours(vm, vcpu, index):
     """Map the free entries of the aligned eight around a new 4 KiB leaf (truth README section 6)."""
     if vm.word[VmWord.PREFETCH] == ZERO:
@@ -94,7 +102,7 @@ def prefetch_neighbours(vm, vcpu, index):
         prefetch_direct(vm, vcpu, index)
 
 
-@inner
+@inner(inline=True)
 def prefetch_gptes(vm, vcpu, index):
     """By the guest's entries, from the lowest up, until one cannot be taken."""
     start = index & ~(PREFETCH_PAGES - ONE)
@@ -104,7 +112,7 @@ def prefetch_gptes(vm, vcpu, index):
                 return
 
 
-@inner
+@inner(inline=True)
 def prefetch_direct(vm, vcpu, index):
     """Run by run of free entries.
 
@@ -124,7 +132,7 @@ def prefetch_direct(vm, vcpu, index):
             run = NOT_STARTED
 
 
-@inner
+@inner(inline=True)
 def prefetch_run(vm, vcpu, start, end):
     """Map the entries [start, end) of a direct shadow page; False when they cannot be taken."""
     gfn, access = gfn_of_entry(vm, start), access_of_entry(vm, start)
@@ -135,7 +143,7 @@ def prefetch_run(vm, vcpu, start, end):
     if is_readonly(slot) or (access & ACC.W != ZERO and logs_dirty(slot)) or gfn + (end - start) > slot["base"] + slot["pages"]:
         return False
     for index in range(start, end):
-        set_leaf(vm, vcpu, number, index, ONE, gfn, access, False, True)
+        prefetch_leaf(vm, vcpu, slot, index, gfn, access)
         gfn += ONE
     return True
 
@@ -151,7 +159,7 @@ def read_gpte(vm, index):
     return load(vm.mem.words, (table >> WORD_SHIFT) + entry)
 
 
-@inner
+@inner(inline=True)
 def is_invalid(vcpu, gpte):
     """Whether nothing is mapped by an entry without asking the guest's walk: not present, never accessed, reserved bits."""
     if gpte & (GPTE64.P | GPTE64.A) != GPTE64.P | GPTE64.A:
@@ -159,7 +167,7 @@ def is_invalid(vcpu, gpte):
     return gpte & vcpu.mmu.reserved[reserved_row(gpte & vcpu.mmu.reg[Reg.LARGE], ONE)] != ZERO
 
 
-@inner
+@inner(inline=True)
 def rights_of(vm, index, gpte):
     """What the page's role and the entry grant; no write before D is set (facts 1.1, W16)."""
     role = np.uint64(vm.page[index >> INDEX_BITS]["role"])
@@ -195,7 +203,7 @@ def prefetch_gpte(vm, vcpu, index, gpte, unlogged):
     slot = vm.mem.slots[number]
     if is_readonly(slot) or (unlogged and access & ACC.W != ZERO and logs_dirty(slot)):
         return False
-    set_leaf(vm, vcpu, number, index, ONE, gfn, access, False, True)
+    prefetch_leaf(vm, vcpu, slot, index, gfn, access)
     return True
 
 
@@ -216,7 +224,7 @@ def sync_page(vm, vcpu, table):
     return flushes
 
 
-@inner
+@inner(inline=True)
 def sync_leaf(vm, vcpu, index):
     """One leaf of them."""
     gpte, old = read_gpte(vm, index), vm.spt[index]

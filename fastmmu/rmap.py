@@ -165,7 +165,7 @@ def rmap_index(slot, gfn, level):
     return slot["rmap"][level] + (gfn >> shift) - (slot["base"] >> shift)
 
 
-@inner
+@inner(inline=True)
 def add_leaf(vm, stat, slot, index, gfn, access, level):
     """Account for a new leaf of `gfn`, and enter it in the reverse map."""
     remember(vm, index, gfn, access)

@@ -70,7 +70,7 @@ def is_shadow_paging(vm, vcpu):
 # --- loading ---------------------------------------------------------------------------------------------------------------
 
 
-@inner
+@inner(inline=True)
 def load_root(vm, vcpu):
     """Find or make the root that the processor walks, and flush what its TLB has for another one. False when that is the end."""
     own = vcpu.own
@@ -209,7 +209,7 @@ def unload_roots(vm, vcpu):
     forget_mmio(vcpu)
 
 
-@inner
+@inner(inline=True)
 def free_obsolete_roots(vm, vcpu):
     """Let go of roots that were zapped; PAE roots always (facts 5.14)."""
     for i in range(KEPT):
@@ -235,14 +235,14 @@ def free_unsync_roots(vm, vcpu):
 # --- another address space -------------------------------------------------------------------------------------------------
 
 
-@inner
+@inner(inline=True)
 def is_usable(vm, vcpu, root, pgd, wanted):
     """Whether a root is the one for `wanted`, a value of CR3: same value, same role, not zapped."""
     role = vcpu.own[VcpuWord.ROOT_ROLE] | vcpu.own[VcpuWord.ROOT_LEVEL]
     return root != NO_TABLE and pgd == wanted and np.uint64(vm.page[root]["role"]) == role
 
 
-@inner
+@inner(inline=True)
 def swap_root(vcpu, i):
     """Exchange the current root and a kept one."""
     own = vcpu.own
@@ -251,7 +251,7 @@ def swap_root(vcpu, i):
     own[PREVIOUS + i], own[PREVIOUS_PGD + i] = root, pgd
 
 
-@inner
+@inner(inline=True)
 def find_root(vm, vcpu, wanted):
     """Make the root for another value of CR3 the current one, if it is kept (facts 9.1.3). The roots before it move down by one; if
     there is none the oldest goes."""
@@ -276,7 +276,7 @@ def find_root(vm, vcpu, wanted):
     return False
 
 
-@inner
+@inner(inline=True)
 def new_pgd(vm, vcpu, value):
     """CR3 becomes another value: go on with a kept root, as it is, or load one before the next entry (facts 9.1.4)."""
     flush(vcpu.tlb)  # its entries do not say of which address space they are
@@ -311,7 +311,7 @@ def load_pdptes(vm, vcpu, cr3, reserved):
     return True
 
 
-@inner
+@inner(inline=True)
 def set_cr3(vm, vcpu, value):
     """MOV to CR3 under shadow paging (facts 9.2); False when the processor answers with #GP."""
     has_pcids = vcpu.own[VcpuWord.CR4] & CR4.PCIDE != ZERO

@@ -84,7 +84,7 @@ def changes_itself(vm, vcpu, mode, gva, walk, access):
 # --- going down ------------------------------------------------------------------------------------------------------------
 
 
-@inner
+@inner(inline=True)
 def goal_levels(vm, number, gfn, fetch, limit):
     """(goal, requested) levels of a mapping of at most `limit`, and whether a fetch may not use a huge page (facts 5.9)."""
     disallowed = fetch and vm.word[VmWord.NX_HUGE_PAGES] != ZERO
@@ -154,13 +154,13 @@ def map_leaf(vm, vcpu, number, page, table, level, gfn, access, limit, pferr):
             if disallowed and requested >= level and (vm.word[VmWord.TDP] != ZERO or vcpu.mmu.reg[Reg.MODE] != ZERO):
                 count_nx_split(vm, vcpu.stat, table)
         level -= ONE
-    outcome = set_leaf(vm, vcpu, number, index, level, frame_at(gfn, level), access, write, False)
+    outcome = set_leaf(vm, vcpu, number, index, level, frame_at(gfn, level), access, write)
     if outcome != Outcome.SPURIOUS and level == ONE and vm.word[VmWord.AD] != ZERO:
         prefetch_neighbours(vm, vcpu, index)
     return outcome
 
 
-@inner
+@inner(inline=True)
 def drop_other_rights(vm, vcpu, index, level, access):
     """A direct page under a guest's huge page grants what the guest granted when it was made: another one is needed when that has
     changed, as when D was set (`validate_direct_spte`, facts 5.8.4)."""
@@ -172,7 +172,7 @@ def drop_other_rights(vm, vcpu, index, level, access):
             flush_remote(vm.word, vcpu.stat)
 
 
-@inner
+@inner(inline=True)
 def map_direct(vm, vcpu, number, gfn, pferr):
     """Map `gfn` in direct shadow pages (facts 5.4a). Without two-dimensional paging they end at 2 MiB."""
     table, level = root_for(vm, vcpu, gfn)
@@ -180,7 +180,7 @@ def map_direct(vm, vcpu, number, gfn, pferr):
     return map_leaf(vm, vcpu, number, gfn, table, level, gfn, ACC.ALL, limit, pferr)
 
 
-@inner
+@inner(inline=True)
 def fetch(vm, vcpu, number, gva, walk, access, limit, pferr):
     """Shadow the way that the walk went, page by page, and map its end: an `Outcome` (facts 5.8)."""
     mode, page = mode_of(vcpu.mmu), gva >> PAGE_SHIFT
@@ -230,7 +230,7 @@ def inject(vm, vcpu, gva, pferr):
     return Outcome.INJECT
 
 
-@inner
+@inner(inline=True)
 def guest_rights(vcpu, walk, number, pferr):
     """What the leaf grants. A supervisor's write without CR0.WP to a page that denies it gets W, and the user loses the page; with
     SMEP the supervisor may not execute it then (facts 1.8)."""
@@ -243,7 +243,7 @@ def guest_rights(vcpu, walk, number, pferr):
     return access
 
 
-@inner
+@inner(inline=True)
 def mapping_limit(vm, vcpu, gva, walk, pferr):
     """Highest level at which the guest's page may be mapped."""
     if walk.level == ONE or changes_itself(vm, vcpu, mode_of(vcpu.mmu), gva, walk, pferr):
