@@ -31,7 +31,7 @@ def test_one_module_imports_numba() -> None:
 
 
 def test_the_reference_shares_only_layouts() -> None:
-    allowed = {"fastmmu.bits", "fastmmu.paging", *(f"fastmmu.reference.{name}" for name in ("walk", "kvm", "processor"))}
+    allowed = {"fastmmu.bits", "fastmmu.paging", *(f"fastmmu.reference.{name}" for name in ("walk", "kvm", "mmu", "processor"))}
     for path in (PACKAGE / "reference").glob("*.py"):
         ours = {name for name in imports(path) if name.split(".")[0] == "fastmmu"}
         assert ours <= allowed, path
