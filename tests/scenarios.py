@@ -24,6 +24,7 @@ CAPABILITY = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"
 SUPPLY = 48  # device reads of a step that get data; those behind them read zeros
 TDP, TDP_N, NONPAGING = "tdp", "tdp_n", "nonpaging"  # npt1, npt1-tdpN, npt0 with guest paging off
 KINDS = (TDP, TDP_N, NONPAGING)
+SHADOW = "shadow"  # npt0 with guest paging on; its scenarios are in `shadow_scenarios`
 
 
 def runs_of(words: Words) -> list[dict[str, Any]]:
@@ -98,11 +99,12 @@ class Builder:
     """Writes one document: config, memory, steps."""
 
     def __init__(
-        self, kind: str, *, eager: bool = True, nx: bool = False, mmio_caching: bool = True, vcpus: int = 1, low_flags: tuple[str, ...] = ()
-    ) -> None:
+        self, kind: str, *, eager: bool = True, nx: bool = False, mmio_caching: bool = True, vcpus: int = 1,
+        low_flags: tuple[str, ...] = (), low_host: str = "4K",
+    ) -> None:  # fmt: skip
         self.kind, self.paging = kind, kind != NONPAGING
         self.config = {
-            "npt": kind != NONPAGING, "tdp_mmu": kind == TDP, "eager_page_split": eager,
+            "npt": kind not in (NONPAGING, SHADOW), "tdp_mmu": kind == TDP, "eager_page_split": eager,
             "nx_huge_pages": "force" if nx else "off", "mmio_caching": mmio_caching,
         }  # fmt: skip
         self.tables = Tables()
@@ -111,7 +113,7 @@ class Builder:
         self.slots: dict[int, dict[str, Any]] = {}
         self.modes: dict[int, dict[str, Any]] = {}
         self.supplied = 0
-        self.slot(0, 0, 0x800000, low_flags)
+        self.slot(0, 0, 0x800000, low_flags, host=low_host)
         for vcpu in range(vcpus):
             if vcpu:
                 self.steps.append({"do": "create_vcpu", "vcpu": vcpu})
@@ -634,13 +636,6 @@ NAMED: dict[str, Callable[[], Document]] = {
 # --- what neither model has ------------------------------------------------------------------------------------------------
 
 
-def shadowed() -> Document:
-    """Guest paging without nested paging."""
-    document = two_vcpus(TDP)
-    document["config"] |= {"npt": False, "tdp_mmu": False}
-    return document
-
-
 def fetched_from_device() -> Document:
     """The guest calls a device."""
     b = Builder(TDP)
@@ -650,7 +645,7 @@ def fetched_from_device() -> Document:
     return b.document()
 
 
-NEITHER: dict[str, Callable[[], Document]] = {"shadow paging": shadowed, "code in a device": fetched_from_device}
+NEITHER: dict[str, Callable[[], Document]] = {"code in a device": fetched_from_device}
 
 
 # --- small ones, on which the two models once differed, or still do ---------------------------------------------------------
@@ -845,9 +840,9 @@ SPREAD, SPREAD_GPA, REGIONS = 0xB000000000, 0x50000000, 80  # many 2M regions, f
 class Chance:
     """A random scenario in the making."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> None:
         self.rng = rng
-        kind = rng.choice(KINDS)
+        kind = rng.choice(kinds)
         vcpus = 2 if rng.random() < 0.3 else 1
         low = (LOG,) if rng.random() < 0.1 else ()
         self.b = Builder(

@@ -8,9 +8,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from fastmmu.reference.mmu import EMULATE, FIXED, HUGEST, MMIO_GENERATION, SPURIOUS, ShadowMmu, TdpMmu
-from fastmmu.reference.processor import PAGE, Device, Fault, GuestMemory, Hardware, Leaf, Outcome, Slot, Vcpu, path, span
-from fastmmu.reference.walk import PFERR_P, PFERR_RSVD, PFERR_W
+from fastmmu.bits import CR0
+from fastmmu.reference.mmu import EMULATE, FIXED, HUGEST, MMIO_GENERATION, RETRY, SPURIOUS, ShadowMmu, TdpMmu
+from fastmmu.reference.processor import (
+    EXCHANGE,
+    GUEST_PAGE,
+    OFFSET,
+    GuestFault,
+    Hardware,
+    NestedFault,
+    NotBuilt,
+    Operand,
+    Outcome,
+    Vcpu,
+)
+from fastmmu.reference.shadow import ShadowPaging
+from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Fault, GuestMemory, Leaf, Slot, path, span
+from fastmmu.reference.walk import ACC_U, ACC_W, PFERR_F, PFERR_P, PFERR_RSVD, PFERR_W
 
 MIN_LIMIT, PAGES_PER_SHADOW_PAGE = 64, 50  # shadow page limit: truth README section 6, facts 5.7
 GENERATION_STEP = 2  # of two address spaces (facts 3.4)
@@ -31,7 +45,7 @@ class Machine:
         self.memory = GuestMemory()
         self.manual_protect = 0  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1 manual, 2 initially all set
         self.generation, self.nr_mmu_pages, self.limit_asked = 0, 0, False
-        self.mmu: TdpMmu | ShadowMmu = TdpMmu(self) if npt and tdp_mmu else ShadowMmu(self)
+        self.mmu: TdpMmu | ShadowMmu | ShadowPaging = (TdpMmu if tdp_mmu else ShadowMmu)(self) if npt else ShadowPaging(self)
         self.vcpus: dict[int, Vcpu] = {0: Vcpu(self)}
 
     def create_vcpu(self, number: int) -> None:
@@ -43,27 +57,80 @@ class Machine:
         state = self.vcpus[vcpu]
         old = state.cpu
         state.set_registers(cpl, cr0=cr0, cr3=cr3, cr4=cr4, efer=efer)
+        if not self.npt and state.walker.paging:
+            state.pdptes = state.kvm_walker.load_pdptes(cr3) if state.walker.pae and not state.walker.long else state.pdptes
         if state.cpu != old:
             self.mmu.release_roots(state)
+
+    def write_control(self, vcpu: Vcpu, **registers: int) -> None:
+        """MOV to CR0 or CR3, intercepted without nested paging (facts 9.2, 9.3)."""
+        self.decode(vcpu)
+        old = vcpu.cpu
+        if changed := registers.keys() - {"cr0", "cr3"}:
+            raise NotBuilt(f"MOV to {changed}")
+        new = {name: getattr(old, name) for name in ("cr0", "cr3", "cr4", "efer")} | registers
+        if "cr3" in registers:
+            self.mmu.new_cr3(vcpu, new["cr3"])
+            vcpu.sync_requested = vcpu.flush_current_requested = True
+        vcpu.set_registers(vcpu.cpl, **new)
+        if (old.cr0 ^ new["cr0"]) & int(CR0.PG):
+            raise NotBuilt("the guest switches paging on or off")
+        if (old.cr0 ^ new["cr0"]) & int(CR0.WP):
+            self.mmu.release_roots(vcpu)
+
+    def invlpg(self, vcpu: Vcpu, gva: int) -> None:
+        """INVLPG, intercepted without nested paging (facts 9.4)."""
+        self.decode(vcpu)
+        self.counters["invlpg"] += 1
+        if vcpu.shadowing and vcpu.walker.is_address(gva):
+            for roots in (vcpu.roots, *([kept[1]] for kept in vcpu.previous if kept is not None)):
+                self.mmu.invalidate(vcpu, roots, gva)
 
     def access(self, vcpu: int, gva: int, access: int, size: int = 8) -> Outcome:
         """A guest access; `access` is W, U and F of an error code."""
         return self.vcpus[vcpu].access(gva, access, size)
 
     def page_fault(self, vcpu: Vcpu, address: int, code: int) -> bool:
-        """The fault handler (facts 4.4, 5.2). True: the instruction must be emulated, False: the guest tries again."""
-        gfn = address // PAGE
-        *_, (table, index) = path(vcpu.roots, gfn)
-        entry = table.entries.get(index)
-        if code & PFERR_RSVD and isinstance(entry, Device):
-            if (vcpu.device == (gfn, self.generation) and gfn) or entry.generation == self.generation & MMIO_GENERATION:
-                vcpu.device = (gfn, self.generation)
-                return True
-        fault = Fault(gfn, code, self.memory.slot_at(gfn), HUGEST if self.npt else 2)
+        """The fault handler (facts 4.4, 5.2). True: the instruction must be emulated, False: the guest tries again.
+
+        Raises:
+            GuestFault: the guest gets a page fault instead.
+        """
+        *_, (level, entry) = [
+            (0, None),
+            *((table.level, table.entries.get(index)) for table, index in path(vcpu.roots, address // PAGE)),
+        ]
+        if code & PFERR_RSVD and isinstance(entry, Device) and self.is_device(vcpu, address, entry):
+            return True
         self.counters["pf_taken"] += 1
-        answer = self.fast(fault, table.level, entry) or self.without_memory(vcpu, fault) or self.mmu.map(vcpu, fault)
-        self.counters[answer] += 1
+        if vcpu.shadowing:
+            answer = self.mmu.page_fault(vcpu, address, code)
+        else:
+            gfn = address // PAGE
+            fault = Fault(gfn, code, self.memory.slot_at(gfn), HUGEST if self.npt else 2, address)
+            answer = self.write_tracked(fault) or self.fast(fault, level, entry) or self.without_memory(vcpu, fault)
+            answer = answer or self.mmu.map(vcpu, fault)
+        if answer != RETRY:
+            self.counters[answer] += 1
         return answer == EMULATE
+
+    def is_device(self, vcpu: Vcpu, address: int, entry: Device) -> bool:
+        """A fault by an MMIO SPTE that is answered without the handler (facts 4.4)."""
+        direct, info = not vcpu.shadowing, vcpu.device
+        if info is not None and info.generation == self.generation:
+            known, asked = (info.gfn if direct else info.page), address // PAGE
+            if known and known == asked:
+                return True
+        if entry.generation != self.generation & MMIO_GENERATION:
+            return False
+        vcpu.device = DeviceInfo(0 if direct else address // PAGE, entry.gfn, entry.access, self.generation)
+        return True
+
+    def write_tracked(self, fault: Fault) -> str | None:
+        """A write to the page of a shadowed upper table (facts 5.4)."""
+        if fault.code & (PFERR_P | PFERR_W | PFERR_RSVD) == PFERR_P | PFERR_W and self.mmu.tracked(fault.gfn):
+            return EMULATE
+        return None
 
     def fast(self, fault: Fault, level: int, leaf: object) -> str | None:
         """The fast path (facts 6): a write to a present leaf that only has to get its W back."""
@@ -82,8 +149,67 @@ class Machine:
         """Faults that map nothing: a write to a read-only slot; a device where no MMIO SPTE can be made (facts 4.7)."""
         if fault.slot is not None:
             return EMULATE if fault.code & PFERR_W and fault.slot.readonly else None
-        vcpu.device = (fault.gfn, self.generation)  # facts 4.1
+        page = 0 if self.npt else fault.address // PAGE
+        vcpu.device = DeviceInfo(page, fault.gfn, fault.access & (ACC_W | ACC_U), self.generation)  # facts 4.1
         return None if self.mmio_caching and fault.gfn <= self.max_gfn else EMULATE
+
+    def decode(self, vcpu: Vcpu) -> None:
+        """KVM executes an instruction; without nested paging it fetches it by a walk of its own."""
+        self.counters["insn_emulation"] += 1
+        if vcpu.shadowing:
+            self.mmu.walk(vcpu, vcpu.code, PFERR_F | vcpu.user)
+
+    def emulate(self, vcpu: Vcpu, parts: list[tuple[int, int]], access: int, fault: NestedFault, operand: Operand) -> Outcome:
+        """KVM executes the instruction: each page for itself (facts 4.3).
+
+        Raises:
+            GuestFault: a walk fails. What was stored to a page before is there.
+        """
+        if access & PFERR_F or fault.code & GUEST_PAGE:
+            raise NotBuilt("code or page tables outside writable memory")
+        self.decode(vcpu)
+        if vcpu.shadowing and operand == EXCHANGE:
+            for address, _ in parts:
+                try:
+                    self.locate(vcpu, address, access & ~PFERR_W, fault)
+                except GuestFault as denied:
+                    raise GuestFault(denied.code | PFERR_W, denied.address) from None
+        pieces, done = [], 0
+        for address, length in parts:
+            gpa, device = self.locate(vcpu, address, access, fault)
+            if access & PFERR_W and not device:
+                self.memory.mark_dirty(gpa // PAGE)
+                if operand is None and self.mmu.tracked(gpa // PAGE):
+                    raise NotBuilt("a push to a page table")
+                if isinstance(operand, int) and not self.npt:
+                    self.memory.store(gpa, length, operand >> 8 * done)
+                    self.mmu.table_written(vcpu, gpa, length)
+            pieces.append((gpa, length, device))
+            done += length
+        if any(device for _, _, device in pieces):
+            self.counters["mmio_exits"] += 1
+        return Outcome(pieces, emulated=True, stored=isinstance(operand, int) and not self.npt)
+
+    def locate(self, vcpu: Vcpu, address: int, access: int, fault: NestedFault) -> tuple[int, bool]:
+        """The gpa of an operand, and whether it is a device's: the emulator walks unless it knows (facts 4.3)."""
+        if vcpu.shadowing:
+            info = vcpu.device if vcpu.device is not None and vcpu.device.generation == self.generation else None
+            if info is not None and info.page and info.page == address // PAGE:
+                if not vcpu.walker.denied(bool(info.access & ACC_U), bool(info.access & ACC_W), True, access):
+                    return info.gfn * PAGE | address & OFFSET, True
+            gpa = self.mmu.walk(vcpu, address, access).gpa
+            if info is not None and info.gfn and info.gfn == gpa // PAGE:
+                return gpa, True
+        elif address & OFFSET == fault.address & OFFSET:
+            gpa = fault.address
+        else:
+            walk = vcpu.kvm_walker.walk(vcpu.cpu.cr3, address, access)
+            if not walk.ok:
+                self.counters["pf_guest"] += 1
+                raise GuestFault(walk.pferr, address)
+            gpa = walk.gpa
+        kind = self.memory.kind(gpa)
+        return gpa, kind is None or (bool(access & PFERR_W) and kind == "rom")
 
     def flush(self) -> None:
         """Ask all vCPUs to flush their TLBs before they enter the guest again."""

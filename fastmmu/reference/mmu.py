@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from fastmmu.reference.processor import Device, Fault, Leaf, Slot, Table, Vcpu, path, span
+from fastmmu.reference.processor import Vcpu
+from fastmmu.reference.tables import Device, Fault, Leaf, Slot, Table, path, span
 from fastmmu.reference.walk import PFERR_F
 
 HUGEST, GAUGES = 3, {1: "pages_4k", 2: "pages_2m", 3: "pages_1g"}
 MIN_FREE, REFILL = 5, 25  # shadow pages, facts 5.7
 MMIO_GENERATION = 0x7FFFE  # two address spaces; 19 bits, the lowest names the space (facts 3.4)
 FIXED, SPURIOUS, EMULATE = "pf_fixed", "pf_spurious", "pf_emulate"  # answers of the fault handler, by their counters
+RETRY = "retry"  # one that is not counted
 GOLDEN = 0x61C8864680B583EB  # of the hash of shadow pages: 4096 buckets, by bits 63:52 of the product
 Place = tuple[Table, int]
 
@@ -116,13 +118,26 @@ class Mmu:
 
     def set_limit(self, limit: int) -> int:
         """A new limit of shadow pages: what is above it is zapped. The limit that results."""
-        if self.used > limit:
-            self.zap_oldest(self.used - limit)
-        return max(limit, self.used)
+        if self.used <= limit:
+            return limit
+        self.zap_oldest(self.used - limit)
+        return self.used
 
     def release_roots(self, vcpu: Vcpu) -> None:
         """The vCPU drops its roots; valid ones live on without it."""
         vcpu.roots = []
+
+    def release_obsolete(self, vcpu: Vcpu) -> None:
+        """The same of roots that were zapped."""
+        if any(root.invalid for root in vcpu.roots):
+            self.release_roots(vcpu)
+
+    def tracked(self, gfn: int) -> bool:
+        """Whether every write to a page must be emulated."""
+        return False
+
+    def table_written(self, vcpu: Vcpu, gpa: int, size: int) -> None:
+        """The emulator wrote to memory."""
 
     def leafs(self, start: int, end: int) -> Iterator[tuple[Place, Leaf]]:
         """All leafs that overlap the pages from `start` to before `end`."""
