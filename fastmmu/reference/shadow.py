@@ -66,7 +66,7 @@ class ShadowPaging(ShadowPages):
         self.make_available()
         if walk is not None and self.moved(vcpu, walk, max(walk.entries)):
             return RETRY
-        direct, nx, goal, requested = ACC_ALL if walk is None else walk.access, self.machine.nx_huge_pages, 0, 1
+        nx, goal, requested = self.machine.nx_huge_pages, 0, 1
         disallowed = nx and bool(fault.code & PFERR_F)
         for page, index in path(vcpu.roots, fault.address // PAGE):
             entry = page.entries.get(index)
@@ -84,13 +84,13 @@ class ShadowPaging(ShadowPages):
                 goal -= 1
             if page.level == goal:
                 break
-            if isinstance(entry, ShadowPage) and walk is not None and entry.role.access != direct:
+            if isinstance(entry, ShadowPage) and walk is not None and entry.role.access != fault.access:
                 self.put((page, index), None)  # validate_direct_spte: the guest's huge page was clean, or was written with WP=0
                 self.machine.flush()
                 entry = None
             if not isinstance(entry, Table):
                 first = fault.gfn - fault.gfn % span(page.level)
-                child = self.child(vcpu, (page, index), first, direct, True)
+                child = self.child(vcpu, (page, index), first, fault.access, True)
                 self.link((page, index), child)
                 if disallowed and walk is not None and requested >= page.level and not child.nx_split:
                     child.nx_split = True  # in 6.1 not for direct maps without TDP
