@@ -116,7 +116,10 @@ class Refetching(Vcpu):
         self.restarts = False
         if access & PFERR_F:
             self.fetched = gva, access
-        return super().access(gva, access, size, operand)
+        outcome = super().access(gva, access, size, operand)
+        if access & PFERR_F and outcome.pferr is not None and self.shadowing:
+            self.fetched = None  # KVM would give the guest this fault again, in the middle of its delivery
+        return outcome
 
     def exit(self) -> None:
         super().exit()

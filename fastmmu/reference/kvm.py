@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from fastmmu.bits import CR0
+from fastmmu.paging import Mode
 from fastmmu.reference.mmu import EMULATE, FIXED, HUGEST, MMIO_GENERATION, RETRY, SPURIOUS, ShadowMmu, TdpMmu
 from fastmmu.reference.processor import (
     EXCHANGE,
@@ -23,7 +24,7 @@ from fastmmu.reference.processor import (
     Vcpu,
 )
 from fastmmu.reference.shadow import ShadowPaging
-from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Fault, GuestMemory, Leaf, Slot, path, span
+from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Fault, GuestMemory, Leaf, Slot, lowest, span
 from fastmmu.reference.walk import ACC_U, ACC_W, PFERR_F, PFERR_P, PFERR_RSVD, PFERR_W
 
 MIN_LIMIT, PAGES_PER_SHADOW_PAGE = 64, 50  # shadow page limit: truth README section 6, facts 5.7
@@ -57,8 +58,8 @@ class Machine:
         state = self.vcpus[vcpu]
         old = state.cpu
         state.set_registers(cpl, cr0=cr0, cr3=cr3, cr4=cr4, efer=efer)
-        if not self.npt and state.walker.paging:
-            state.pdptes = state.kvm_walker.load_pdptes(cr3) if state.walker.pae and not state.walker.long else state.pdptes
+        if not self.npt and state.cpu.mode == Mode.PAE:
+            state.pdptes = state.kvm_walker.load_pdptes(cr3)
         if state.cpu != old:
             self.mmu.release_roots(state)
 
@@ -96,10 +97,7 @@ class Machine:
         Raises:
             GuestFault: the guest gets a page fault instead.
         """
-        *_, (level, entry) = [
-            (0, None),
-            *((table.level, table.entries.get(index)) for table, index in path(vcpu.roots, address // PAGE)),
-        ]
+        level, entry = lowest(vcpu.roots, address // PAGE)
         if code & PFERR_RSVD and isinstance(entry, Device) and self.is_device(vcpu, address, entry):
             return True
         self.counters["pf_taken"] += 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastmmu.bits import ACC, PFERR
 from fastmmu.paging import Cpu, Mode
-from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Leaf, Table, path, span
+from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Leaf, Table, lowest, span
 from fastmmu.reference.walk import A, D, Memory, Translation, Walker
 
 PFERR_P, PFERR_W, PFERR_U, PFERR_RSVD, PFERR_F, GUEST_FINAL, GUEST_PAGE = (
@@ -308,8 +308,7 @@ class Vcpu:
         code = access & (PFERR_W | PFERR_F | PFERR_U)
         if self.machine.npt:
             code |= purpose | PFERR_U
-        *_, (table, index) = path(self.roots, gpa // PAGE)
-        leaf = table.entries.get(index)
+        _, leaf = lowest(self.roots, gpa // PAGE)
         if leaf is None:
             raise NestedFault(gpa, code)
         if isinstance(leaf, Device):
@@ -323,9 +322,7 @@ class Vcpu:
     def shadowed(self, gva: int, access: int) -> int:
         """The gpa by the shadow tables; KVM keeps CR0.WP and EFER.NX set in the hardware, SMEP and SMAP are the guest's."""
         code = access & (PFERR_W | PFERR_F | PFERR_U)
-        steps = list(path(self.roots, gva // PAGE))
-        table, index = steps[-1] if steps else (Table(0, 1), 0)  # no root: a PDPTE that is not present
-        leaf = table.entries.get(index)
+        level, leaf = lowest(self.roots, gva // PAGE)
         if leaf is None:
             raise NestedFault(gva, code)
         if isinstance(leaf, Device):
@@ -340,4 +337,4 @@ class Vcpu:
             raise NestedFault(gva, code | PFERR_P)
         leaf.accessed = True
         leaf.dirty = leaf.dirty or bool(access & PFERR_W)
-        return (leaf.gfn + gva // PAGE % span(table.level)) * PAGE | gva & OFFSET
+        return (leaf.gfn + gva // PAGE % span(level)) * PAGE | gva & OFFSET

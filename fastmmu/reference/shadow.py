@@ -383,8 +383,7 @@ class ShadowPaging(ShadowPages):
 
     def new_cr3(self, vcpu: Vcpu, cr3: int) -> None:
         """MOV to CR3 (facts 9.1): look among the roots that were kept."""
-        walker = vcpu.walker
-        if walker.paging and walker.pae and not walker.long:
+        if vcpu.cpu.mode == Mode.PAE:
             pdptes = vcpu.kvm_walker.load_pdptes(cr3)
             if pdptes != vcpu.pdptes:
                 self.drop_current(vcpu)

@@ -94,6 +94,14 @@ def path(roots: list[Table | None], gfn: int) -> Iterator[tuple[Table, int]]:
         table = entry
 
 
+def lowest(roots: list[Table | None], gfn: int) -> tuple[int, Leaf | Device | None]:
+    """Level and content of the last entry on the way to a page; level 0 without a root: a PDPTE that is not present."""
+    level, entry = 0, None
+    for table, index in path(roots, gfn):
+        level, entry = table.level, table.entries.get(index)
+    return level, entry
+
+
 @dataclass
 class Slot:
     """A memslot. `host_level` is the page size of the host's mapping, `misaligned` the levels at which it is not congruent."""
