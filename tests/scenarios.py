@@ -24,6 +24,7 @@ CAPABILITY = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"
 SUPPLY = 48  # device reads of a step that get data; those behind them read zeros
 TDP, TDP_N, NONPAGING = "tdp", "tdp_n", "nonpaging"  # npt1, npt1-tdpN, npt0 with guest paging off
 KINDS = (TDP, TDP_N, NONPAGING)
+SHADOW = "shadow"  # npt0 with guest paging on; its scenarios are in `shadow_scenarios`
 
 
 def runs_of(words: Words) -> list[dict[str, Any]]:
@@ -98,18 +99,12 @@ class Builder:
     """Writes one document: config, memory, steps."""
 
     def __init__(
-        self,
-        kind: str,
-        *,
-        eager: bool = True,
-        nx: bool = False,
-        mmio_caching: bool = True,
-        vcpus: int = 1,
-        low_flags: tuple[str, ...] = (),
-    ) -> None:
+        self, kind: str, *, eager: bool = True, nx: bool = False, mmio_caching: bool = True, vcpus: int = 1,
+        low_flags: tuple[str, ...] = (), low_host: str = "4K",
+    ) -> None:  # fmt: skip
         self.kind, self.paging = kind, kind != NONPAGING
         self.config = {
-            "npt": kind != NONPAGING, "tdp_mmu": kind == TDP, "eager_page_split": eager,
+            "npt": kind not in (NONPAGING, SHADOW), "tdp_mmu": kind == TDP, "eager_page_split": eager,
             "nx_huge_pages": "force" if nx else "off", "mmio_caching": mmio_caching,
         }  # fmt: skip
         self.tables = Tables()
@@ -118,7 +113,7 @@ class Builder:
         self.slots: dict[int, dict[str, Any]] = {}
         self.modes: dict[int, dict[str, Any]] = {}
         self.supplied = 0
-        self.slot(0, 0, 0x800000, low_flags)
+        self.slot(0, 0, 0x800000, low_flags, host=low_host)
         for vcpu in range(vcpus):
             if vcpu:
                 self.steps.append({"do": "create_vcpu", "vcpu": vcpu})
@@ -140,27 +135,11 @@ class Builder:
     # --- host steps
 
     def slot(
-        self,
-        number: int,
-        gpa: int,
-        size: int,
-        flags: tuple[str, ...] = (),
-        *,
-        host: str = "4K",
-        offset: int = 0,
-        fresh: bool = False,
+        self, number: int, gpa: int, size: int, flags: tuple[str, ...] = (), *, host: str = "4K", offset: int = 0, fresh: bool = False
     ) -> None:
         """Create a memslot. With `fresh` the host writes zeros where ops of these scenarios may have written before."""
         backing = {"page": host, "hva_minus_gpa_mod_2m": hex(offset % MIB2), "hva_minus_gpa_mod_1g": hex(offset % GIB)}
-        step = {
-            "do": "slot",
-            "change": "create",
-            "slot": number,
-            "gpa": hex(gpa),
-            "size": hex(size),
-            "flags": list(flags),
-            "host": backing,
-        }
+        step = {"do": "slot", "change": "create", "slot": number, "gpa": hex(gpa), "size": hex(size), "flags": list(flags), "host": backing}
         self.steps.append(step)
         self.slots[number] = {"gpa": gpa, "size": size, "flags": tuple(flags)}
         if fresh:
@@ -171,14 +150,7 @@ class Builder:
         """Change the flags of a memslot."""
         slot = self.slots[number]
         slot["flags"] = flags
-        step = {
-            "do": "slot",
-            "change": "flags",
-            "slot": number,
-            "gpa": hex(slot["gpa"]),
-            "size": hex(slot["size"]),
-            "flags": list(flags),
-        }
+        step = {"do": "slot", "change": "flags", "slot": number, "gpa": hex(slot["gpa"]), "size": hex(slot["size"]), "flags": list(flags)}
         self.steps.append(step)
 
     def log(self, number: int, on: bool) -> None:
@@ -236,9 +208,7 @@ class Builder:
         written = []
         for name, *rest in ops:
             numbers = [hex(value) for value in (rest[:2] if name.startswith("LOOP") else rest)]
-            written.append(
-                [name, *numbers, *(rest[2:] if name.startswith("LOOP") else [])] + [None] * (name in ("R8", "R4", "CMPX"))
-            )
+            written.append([name, *numbers, *(rest[2:] if name.startswith("LOOP") else [])] + [None] * (name in ("R8", "R4", "CMPX")))
         regs = {"rip": 0x4000 if self.paging else 0x4175, "rsp": 0x6800 if vcpu else 0x8000}
         if self.paging:
             regs["commands"] = 0x22000 if vcpu else 0x20000
@@ -445,9 +415,7 @@ def devices(kind: str, **config: bool) -> Document:
     b.guest(("CR3", other), ("R8", d), ("CR3", root), ("R8", d), ("CR3", other), ("W8", d, 1), ("CR3", root), ("R8", d))
     b.guest(("R8", d + 2 * PAGE), ("W8", d + 2 * PAGE, 1), ("R8", d + 2 * PAGE - 4), ("R8", b.at(7 * PAGE + 0xFFC)))
     b.slot(2, DEVICE_GPA, 4 * PAGE, fresh=True)
-    b.guest(
-        ("R8", d), ("W8", d + 8, 0x77), ("R8", d + PAGE), ("R8", d + 3 * PAGE + 0xFFC), ("W8", d + 3 * PAGE + 0xFFC, 1 << 60 | 9)
-    )
+    b.guest(("R8", d), ("W8", d + 8, 0x77), ("R8", d + PAGE), ("R8", d + 3 * PAGE + 0xFFC), ("W8", d + 3 * PAGE + 0xFFC, 1 << 60 | 9))
     b.read(DEVICE_GPA + 8)
     b.delete(2)
     b.guest(("R8", d), ("R8", d + 8), ("R8", d + PAGE), ("CMPX", d + 3 * PAGE + 8, 1, 0))
@@ -519,25 +487,8 @@ def table_edits(kind: str) -> Document:
     b.guest(("R8", d + 8), ("W8", leaf, DATA_GPA + 600 * PAGE | ENTRY), ("R8", d + 8), ("INVLPG", d), ("R8", d + 8))
     b.guest(*[("W8", leaf + 8 * i, DATA_GPA + (610 + i) * PAGE | ENTRY) for i in range(1, 12)], ("LOOPR", d + 8, PAGE, 12))
     b.guest(("CR3", b.tables.root), *[("R8", d + 8 + i * PAGE) for i in range(12)])
-    b.guest(
-        ("W8", upper, second),
-        ("R8", d + 8),
-        ("INVLPG", d),
-        ("R8", d + 8),
-        ("W8", upper, first),
-        ("CR3", b.tables.root),
-        ("R8", d + 8),
-    )
-    b.guest(
-        ("W4", leaf + 4, 0x80000000),
-        ("EXEC", d),
-        ("R8", d),
-        ("W4", leaf + 4, 0),
-        ("EXEC", d),
-        ("W8", leaf, 0),
-        ("EXEC", d),
-        ("R8", d),
-    )
+    b.guest(("W8", upper, second), ("R8", d + 8), ("INVLPG", d), ("R8", d + 8), ("W8", upper, first), ("CR3", b.tables.root), ("R8", d + 8))
+    b.guest(("W4", leaf + 4, 0x80000000), ("EXEC", d), ("R8", d), ("W4", leaf + 4, 0), ("EXEC", d), ("W8", leaf, 0), ("EXEC", d), ("R8", d))
     b.guest(("CMPX", leaf, DATA_GPA | 0x07, 0), ("CMPX", leaf, 1, 2), ("R8", d + 8), ("W8", d + 8, 4), ("R8", leaf))
     b.memory([run(leaf, 3, DATA_GPA | 0x07, step=PAGE)])
     b.log(0, True)
@@ -863,10 +814,7 @@ def missing_log() -> Document:
 
 
 DIFFERENT: dict[str, tuple[Callable[[], Document], str]] = {
-    "exchange_writes": (
-        lambda: exchanged(0x65),
-        "reference: the read goes to the device before the write faults (compare_exchange)",
-    ),
+    "exchange_writes": (lambda: exchanged(0x65), "reference: the read goes to the device before the write faults (compare_exchange)"),
     "tables_in_rom": (lambda: tables_in((READONLY,)), "compiled emulates as KVM does, the reference says NotBuilt"),
     "tables_in_device": (lambda: tables_in(None), "compiled emulates as KVM does, the reference says NotBuilt"),
 }
@@ -892,9 +840,9 @@ SPREAD, SPREAD_GPA, REGIONS = 0xB000000000, 0x50000000, 80  # many 2M regions, f
 class Chance:
     """A random scenario in the making."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> None:
         self.rng = rng
-        kind = rng.choice(KINDS)
+        kind = rng.choice(kinds)
         vcpus = 2 if rng.random() < 0.3 else 1
         low = (LOG,) if rng.random() < 0.1 else ()
         self.b = Builder(
@@ -979,11 +927,7 @@ class Chance:
             else:
                 self.make_slot(number)
         elif choice < 0.88:
-            b.param(
-                *rng.choice(
-                    (("nx_huge_pages", "force"), ("nx_huge_pages", "off"), ("eager_page_split", "N"), ("eager_page_split", "Y"))
-                )
-            )
+            b.param(*rng.choice((("nx_huge_pages", "force"), ("nx_huge_pages", "off"), ("eager_page_split", "N"), ("eager_page_split", "Y"))))
         elif choice < 0.91:
             b.limit(rng.choice((64, 66, 80, 200)))
         elif choice < 0.95:
@@ -1018,12 +962,8 @@ class Chance:
             at = b.tables.entry(DEVICE + rng.randrange(EDITED) * PAGE)
         else:
             at = b.tables.entry(DATA + rng.randrange(EDITED) * PAGE)
-        gpa = rng.choice(
-            (DEVICE_GPA + rng.randrange(20) * PAGE, DATA_GPA + rng.randrange(self.lead + self.pages + 4) * PAGE, 0x700000)
-        )
-        return at, rng.choice(
-            (0, gpa | ENTRY, gpa | ENTRY, gpa | 0x27, gpa | 0x07, gpa | 0x05, gpa | 0x65 | NX, gpa | 0x07 | RESERVED)
-        )
+        gpa = rng.choice((DEVICE_GPA + rng.randrange(20) * PAGE, DATA_GPA + rng.randrange(self.lead + self.pages + 4) * PAGE, 0x700000))
+        return at, rng.choice((0, gpa | ENTRY, gpa | ENTRY, gpa | 0x27, gpa | 0x07, gpa | 0x05, gpa | 0x65 | NX, gpa | 0x07 | RESERVED))
 
     def place(self, *, crossing: bool = True) -> int:
         """An address to access."""

@@ -1,292 +1,34 @@
-"""KVM's two direct MMUs as in Linux 6.1: the TDP MMU and direct shadow pages, with memslots, dirty logs and counters.
+"""A VM of Linux 6.1's KVM: memslots, dirty logs, vCPUs, the begin and the end of a page fault, the emulator, and all counters.
 
-Facts 3 to 9, with the differences of 6.1 that the truth files show. Plain objects instead of bits: an entry of a table is a
-`Leaf`, a `Device` (MMIO SPTE) or the next `Table`; a `Place` is a table and the number of an entry in it.
+Facts 3 to 9, with the differences of 6.1 that the truth files show. The MMUs are in `mmu` and `shadow`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 
-from fastmmu.reference.processor import PAGE, Device, Fault, GuestMemory, Hardware, Leaf, Outcome, Slot, Table, Vcpu, path, span
-from fastmmu.reference.walk import PFERR_F, PFERR_P, PFERR_RSVD, PFERR_W
+from fastmmu.bits import CR0
+from fastmmu.paging import Mode
+from fastmmu.reference.mmu import EMULATE, FIXED, HUGEST, MMIO_GENERATION, RETRY, SPURIOUS, ShadowMmu, TdpMmu
+from fastmmu.reference.processor import (
+    EXCHANGE,
+    GUEST_PAGE,
+    OFFSET,
+    GuestFault,
+    Hardware,
+    NestedFault,
+    NotBuilt,
+    Operand,
+    Outcome,
+    Vcpu,
+)
+from fastmmu.reference.shadow import ShadowPaging
+from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Fault, GuestMemory, Leaf, Slot, lowest, span
+from fastmmu.reference.walk import ACC_U, ACC_W, PFERR_F, PFERR_P, PFERR_RSVD, PFERR_W
 
-HUGEST, GAUGES = 3, {1: "pages_4k", 2: "pages_2m", 3: "pages_1g"}
-MIN_LIMIT, PAGES_PER_SHADOW_PAGE, MIN_FREE, REFILL = 64, 50, 5, 25  # shadow page limit: truth README section 6, facts 5.7
-GENERATION_STEP, MMIO_GENERATION = 2, 0x7FFFE  # two address spaces; 19 bits, the lowest names the space (facts 3.4)
-FIXED, SPURIOUS, EMULATE = "pf_fixed", "pf_spurious", "pf_emulate"  # answers of the fault handler, by their counters
-GOLDEN = 0x61C8864680B583EB  # of the hash of shadow pages: 4096 buckets, by bits 63:52 of the product
-Place = tuple[Table, int]
-
-
-class Mmu:
-    """What both MMUs share."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.counters = machine.counters
-        self.pages: list[Table] = []  # shadow pages, the oldest first; a zapped root in use is no longer here,
-        self.used = 0  # but still counted
-
-    def put(self, place: Place, new: Leaf | Device | Table | None) -> None:
-        """Replace an entry, with the page gauges."""
-        table, index = place
-        old = table.entries.pop(index, None)
-        if isinstance(new, Leaf) != isinstance(old, Leaf):
-            self.counters[GAUGES[table.level]] += 1 if isinstance(new, Leaf) else -1
-        if new is not None:
-            table.entries[index] = new
-        if isinstance(new, Table):
-            new.parents.append(place)
-        if isinstance(old, Table):
-            old.parents.remove(place)
-            self.unlinked(old)
-
-    def map(self, vcpu: Vcpu, fault: Fault) -> str:
-        """Choose a level, build the path down to it, set the leaf (facts 5.4, 5.9, 5.10).
-
-        As in 6.1 a huge page above the goal is dropped and a table put in its place, and with NX huge pages no table is replaced
-        by a huge page, whatever it was made for.
-        """
-        self.make_available()
-        nx = self.machine.nx_huge_pages
-        requested = 1 if fault.slot is None or fault.slot.logging else fault.slot.huge_level(fault.gfn, fault.max_level)
-        disallowed = nx and bool(fault.code & PFERR_F)
-        goal = 1 if disallowed else requested
-        for table, index in path(vcpu.roots, fault.gfn):
-            entry = table.entries.get(index)
-            if nx and table.level == goal > 1 and isinstance(entry, Table):
-                goal -= 1
-            if table.level == goal:
-                break
-            if not isinstance(entry, Table):
-                child = self.child(table.gfn_of(index), table.level - 1)
-                self.put((table, index), child)
-                if entry is not None:
-                    self.machine.flush()
-                if disallowed and requested >= table.level and self.machine.npt and not child.nx_split:
-                    child.nx_split = True  # facts 3.5; in 6.1 counted only with TDP
-                    self.counters["nx_lpage_splits"] += 1
-        answer = self.set_leaf((table, index), fault)
-        if answer != SPURIOUS:
-            self.prefetch((table, index))
-        return answer
-
-    def set_leaf(self, place: Place, fault: Fault) -> str:
-        """The entry at the goal level (facts 5.10)."""
-        table, index = place
-        if fault.slot is None:
-            self.counters["pf_mmio_spte_created"] += 1
-            self.put(place, Device(fault.gfn, self.machine.generation & MMIO_GENERATION))
-            return EMULATE
-        old = table.entries.get(index)
-        new = self.make_leaf(fault.slot, fault.gfn, table.level, old)
-        if new == old:
-            return SPURIOUS
-        self.put(place, new)
-        if isinstance(old, Table) or (isinstance(old, Leaf) and old.dirty and not new.dirty):  # facts 6.4; W and A are not lost
-            self.machine.flush()
-        return FIXED
-
-    def make_leaf(self, slot: Slot, gfn: int, level: int, old: object, *, prefetch: bool = False) -> Leaf:
-        """Facts 3.3. D stays clear where the old entry had its W bit set; an MMIO SPTE has, it keeps the access there."""
-        writable = not slot.readonly
-        was_writable = old.writable if isinstance(old, Leaf) else isinstance(old, Device)
-        if writable:
-            self.machine.memory.mark_dirty(gfn)
-        executable = level == 1 or not self.machine.nx_huge_pages
-        return Leaf(executable, writable, writable, accessed=not prefetch, dirty=writable and not was_writable)
-
-    def prefetch(self, place: Place) -> None:
-        """Map neighbours of a page that was mapped: only in shadow pages."""
-
-    def unlinked(self, table: Table) -> None:
-        """No entry points to a table any more: a shadow page stays in the hash, with all its entries."""
-
-    def split(self, start: int, end: int) -> None:
-        """Eager split: in 6.1 only in the TDP MMU (truth README section 6)."""
-
-    def make_available(self) -> None:
-        """Facts 5.7; the TDP MMU uses no shadow pages."""
-        free = max(self.machine.nr_mmu_pages - self.used, 0)
-        if free < MIN_FREE and self.pages:
-            self.zap_oldest(REFILL - free)
-
-    def set_limit(self, limit: int) -> int:
-        """A new limit of shadow pages: what is above it is zapped. The limit that results."""
-        if self.used > limit:
-            self.zap_oldest(self.used - limit)
-        return max(limit, self.used)
-
-    def release_roots(self, vcpu: Vcpu) -> None:
-        """The vCPU drops its roots; valid ones live on without it."""
-        vcpu.roots = []
-
-    def leafs(self, start: int, end: int) -> Iterator[tuple[Place, Leaf]]:
-        """All leafs that overlap the pages from `start` to before `end`."""
-        for table, index in list(self.entries(start, end)):
-            leaf = table.entries.get(index)
-            if isinstance(leaf, Leaf):
-                yield (table, index), leaf
-
-    def write_protect(self, start: int, end: int, only: set[int] | None = None) -> None:
-        """Clear W, not MMU_WRITABLE: in all leafs of a range, or in the 4K leafs of some pages of it."""
-        for (table, index), leaf in self.leafs(start, end):
-            if only is None or (table.level == 1 and table.gfn_of(index) in only):
-                leaf.writable = False
-
-    def protect_huge(self, gfn: int) -> None:
-        """Clear W and MMU_WRITABLE in the huge pages that map `gfn`."""
-        for (table, _), leaf in self.leafs(gfn, gfn + 1):
-            if table.level > 1:
-                leaf.writable = leaf.mmu_writable = False
-
-    def unmap(self, start: int, end: int) -> bool:
-        """The host took memory away: zap the leafs, leave the tables. Whether there were any."""
-        found = [place for place, _ in self.leafs(start, end)]
-        for place in found:
-            self.put(place, None)
-        return bool(found)
-
-
-class TdpMmu(Mmu):
-    """The TDP MMU: one tree for all vCPUs; its tables are not counted as shadow pages."""
-
-    root: Table | None = None  # the MMU itself keeps a reference: it lives until the next "zap all"
-
-    def load_roots(self, vcpu: Vcpu) -> None:
-        """Find or make the root."""
-        self.root = self.root or Table(0, 4)
-        vcpu.roots = [self.root]
-
-    def zap_all(self) -> None:
-        """The whole tree goes; a vCPU that still has it drops it before its next entry, so nothing is flushed."""
-        if self.root is not None:
-            self.unlinked(self.root)
-        self.root = None
-
-    def unlinked(self, table: Table) -> None:
-        """A table is out of the tree: all below it goes."""
-        for index in list(table.entries):
-            self.put((table, index), None)
-        self.counters["nx_lpage_splits"] -= table.nx_split
-        table.invalid = True
-
-    def child(self, gfn: int, level: int) -> Table:
-        """An empty table."""
-        return Table(gfn, level)
-
-    def entries(self, start: int, end: int, lowest: int = 1) -> Iterator[Place]:
-        """Entries that overlap a range of pages."""
-        return self.root.visit(start, end, lowest) if self.root is not None else iter(())
-
-    def split(self, start: int, end: int) -> None:
-        """Eager split to 4K, if the parameter is on (facts 8.7): children inherit all but a missing X."""
-        for table, index in self.entries(start, end, lowest=2) if self.machine.eager_page_split else ():
-            huge = table.entries.get(index)
-            if not isinstance(huge, Leaf):
-                continue
-            child = self.child(table.gfn_of(index), table.level - 1)
-            for part in range(512):
-                self.put((child, part), replace(huge, executable=huge.executable or child.level == 1))
-            self.put((table, index), child)
-
-    def zap_collapsible(self, slot: Slot) -> None:
-        """Remove the tables in whose place a huge page could be, each with a flush."""
-        for table, index in self.entries(slot.gfn, slot.end, lowest=2):
-            if isinstance(table.entries.get(index), Table) and slot.huge_level(table.gfn_of(index)) >= table.level:
-                self.put((table, index), None)
-                self.machine.flush()
-
-
-class ShadowMmu(Mmu):
-    """Direct shadow pages: kept in a hash by gfn and level, limited in number; a page outlives the entry that points to it."""
-
-    def child(self, gfn: int, level: int) -> Table:
-        """Find a shadow page or make it (facts 5.11); a bucket of the hash has the newest first."""
-        collisions = 0
-        for page in reversed(self.pages):
-            if (page.gfn, page.level) == (gfn, level):
-                break
-            collisions += page.gfn != gfn and not (page.gfn * GOLDEN ^ gfn * GOLDEN) >> 52 & 0xFFF
-        else:
-            page = Table(gfn, level)
-            self.pages.append(page)
-            self.used += 1
-            self.counters["mmu_cache_miss"] += 1
-        self.counters["max_mmu_page_hash_collisions"] = max(self.counters["max_mmu_page_hash_collisions"], collisions)
-        return page
-
-    def zap_oldest(self, count: int) -> None:
-        """Recycle pages, the oldest first, but no roots in use."""
-        chosen = [page for page in self.pages if not page.users][:count]
-        self.counters["mmu_recycled"] += len(chosen)
-        self.zap(chosen)
-
-    def zap(self, pages: list[Table]) -> None:
-        """Zap pages (facts 5.14): a root in use becomes invalid and stays until it is released. One flush if any became free."""
-        for page in pages:
-            self.counters["mmu_shadow_zapped"] += 1
-            for place in [*((page, index) for index in page.entries), *page.parents]:
-                self.put(place, None)
-            self.counters["nx_lpage_splits"] -= page.nx_split
-            if not page.invalid:
-                self.pages.remove(page)
-            page.invalid = True
-            self.used -= not page.users
-        if not all(page.users for page in pages):
-            self.machine.flush()
-
-    def zap_all(self) -> None:
-        """Every page of the VM."""
-        self.zap(list(self.pages))
-
-    def load_roots(self, vcpu: Vcpu) -> None:
-        """One root, or with guest paging off and no TDP the four of PAE paging, each for 1 GiB."""
-        self.make_available()
-        vcpu.roots = [self.child(0, 4)] if self.machine.npt else [self.child(number << 18, 2) for number in range(4)]
-        for root in vcpu.roots:
-            root.users += 1
-
-    def release_roots(self, vcpu: Vcpu) -> None:
-        """Valid roots stay in the hash; invalid ones go with their last user."""
-        for root in vcpu.roots:
-            root.users -= 1
-        self.zap([root for root in vcpu.roots if root.invalid and not root.users])
-        vcpu.roots = []
-
-    def prefetch(self, place: Place) -> None:
-        """Map the other entries of an aligned group of 8, run by run of free ones, each all or none (truth README section 6)."""
-        table, faulting = place
-        first = faulting - faulting % 8
-        run: list[int] = []
-        for index in range(first, first + 9 if table.level == 1 else first):
-            if index < first + 8 and index != faulting and not isinstance(table.entries.get(index), Leaf):
-                run.append(index)
-            elif run:
-                slot = self.machine.memory.slot_at(table.gfn_of(run[0]))
-                if slot is None or slot.logging or slot.readonly or table.gfn_of(run[-1]) >= slot.end:
-                    return
-                for free in run:
-                    self.put((table, free), self.make_leaf(slot, table.gfn_of(free), 1, table.entries.get(free), prefetch=True))
-                run = []
-
-    def entries(self, start: int, end: int) -> Iterator[Place]:
-        """Entries of all pages, in a tree or not, that overlap a range."""
-        for page in self.pages:
-            for index in page.entries if page.gfn < end and page.gfn + span(page.level + 1) > start else ():
-                if page.gfn_of(index) < end and page.gfn_of(index) + span(page.level) > start:
-                    yield page, index
-
-    def zap_collapsible(self, slot: Slot) -> None:
-        """Remove the leafs below 1G whose table could be a huge page; one flush."""
-        places = [place for place, _ in self.leafs(slot.gfn, slot.end) if place[0].level < min(3, slot.huge_level(place[0].gfn))]
-        for place in places:
-            self.put(place, None)
-        if places:
-            self.machine.flush()
+MIN_LIMIT, PAGES_PER_SHADOW_PAGE = 64, 50  # shadow page limit: truth README section 6, facts 5.7
+GENERATION_STEP = 2  # of two address spaces (facts 3.4)
 
 
 class Machine:
@@ -304,7 +46,7 @@ class Machine:
         self.memory = GuestMemory()
         self.manual_protect = 0  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1 manual, 2 initially all set
         self.generation, self.nr_mmu_pages, self.limit_asked = 0, 0, False
-        self.mmu: TdpMmu | ShadowMmu = TdpMmu(self) if npt and tdp_mmu else ShadowMmu(self)
+        self.mmu: TdpMmu | ShadowMmu | ShadowPaging = (TdpMmu if tdp_mmu else ShadowMmu)(self) if npt else ShadowPaging(self)
         self.vcpus: dict[int, Vcpu] = {0: Vcpu(self)}
 
     def create_vcpu(self, number: int) -> None:
@@ -316,27 +58,77 @@ class Machine:
         state = self.vcpus[vcpu]
         old = state.cpu
         state.set_registers(cpl, cr0=cr0, cr3=cr3, cr4=cr4, efer=efer)
+        if not self.npt and state.cpu.mode == Mode.PAE:
+            state.pdptes = state.kvm_walker.load_pdptes(cr3)
         if state.cpu != old:
             self.mmu.release_roots(state)
+
+    def write_control(self, vcpu: Vcpu, **registers: int) -> None:
+        """MOV to CR0 or CR3, intercepted without nested paging (facts 9.2, 9.3)."""
+        self.decode(vcpu)
+        old = vcpu.cpu
+        if changed := registers.keys() - {"cr0", "cr3"}:
+            raise NotBuilt(f"MOV to {changed}")
+        new = {name: getattr(old, name) for name in ("cr0", "cr3", "cr4", "efer")} | registers
+        if "cr3" in registers:
+            self.mmu.new_cr3(vcpu, new["cr3"])
+            vcpu.sync_requested = vcpu.flush_current_requested = True
+        vcpu.set_registers(vcpu.cpl, **new)
+        if (old.cr0 ^ new["cr0"]) & int(CR0.PG):
+            raise NotBuilt("the guest switches paging on or off")
+        if (old.cr0 ^ new["cr0"]) & int(CR0.WP):
+            self.mmu.release_roots(vcpu)
+
+    def invlpg(self, vcpu: Vcpu, gva: int) -> None:
+        """INVLPG, intercepted without nested paging (facts 9.4)."""
+        self.decode(vcpu)
+        self.counters["invlpg"] += 1
+        if vcpu.shadowing and vcpu.walker.is_address(gva):
+            for roots in (vcpu.roots, *([kept[1]] for kept in vcpu.previous if kept is not None)):
+                self.mmu.invalidate(vcpu, roots, gva)
 
     def access(self, vcpu: int, gva: int, access: int, size: int = 8) -> Outcome:
         """A guest access; `access` is W, U and F of an error code."""
         return self.vcpus[vcpu].access(gva, access, size)
 
     def page_fault(self, vcpu: Vcpu, address: int, code: int) -> bool:
-        """The fault handler (facts 4.4, 5.2). True: the instruction must be emulated, False: the guest tries again."""
-        gfn = address // PAGE
-        *_, (table, index) = path(vcpu.roots, gfn)
-        entry = table.entries.get(index)
-        if code & PFERR_RSVD and isinstance(entry, Device):
-            if (vcpu.device == (gfn, self.generation) and gfn) or entry.generation == self.generation & MMIO_GENERATION:
-                vcpu.device = (gfn, self.generation)
-                return True
-        fault = Fault(gfn, code, self.memory.slot_at(gfn), HUGEST if self.npt else 2)
+        """The fault handler (facts 4.4, 5.2). True: the instruction must be emulated, False: the guest tries again.
+
+        Raises:
+            GuestFault: the guest gets a page fault instead.
+        """
+        level, entry = lowest(vcpu.roots, address // PAGE)
+        if code & PFERR_RSVD and isinstance(entry, Device) and self.is_device(vcpu, address, entry):
+            return True
         self.counters["pf_taken"] += 1
-        answer = self.fast(fault, table.level, entry) or self.without_memory(vcpu, fault) or self.mmu.map(vcpu, fault)
-        self.counters[answer] += 1
+        if vcpu.shadowing:
+            answer = self.mmu.page_fault(vcpu, address, code)
+        else:
+            gfn = address // PAGE
+            fault = Fault(gfn, code, self.memory.slot_at(gfn), HUGEST if self.npt else 2, address)
+            answer = self.write_tracked(fault) or self.fast(fault, level, entry) or self.without_memory(vcpu, fault)
+            answer = answer or self.mmu.map(vcpu, fault)
+        if answer != RETRY:
+            self.counters[answer] += 1
         return answer == EMULATE
+
+    def is_device(self, vcpu: Vcpu, address: int, entry: Device) -> bool:
+        """A fault by an MMIO SPTE that is answered without the handler (facts 4.4)."""
+        direct, info = not vcpu.shadowing, vcpu.device
+        if info is not None and info.generation == self.generation:
+            known, asked = (info.gfn if direct else info.page), address // PAGE
+            if known and known == asked:
+                return True
+        if entry.generation != self.generation & MMIO_GENERATION:
+            return False
+        vcpu.device = DeviceInfo(0 if direct else address // PAGE, entry.gfn, entry.access, self.generation)
+        return True
+
+    def write_tracked(self, fault: Fault) -> str | None:
+        """A write to the page of a shadowed upper table (facts 5.4)."""
+        if fault.code & (PFERR_P | PFERR_W | PFERR_RSVD) == PFERR_P | PFERR_W and self.mmu.tracked(fault.gfn):
+            return EMULATE
+        return None
 
     def fast(self, fault: Fault, level: int, leaf: object) -> str | None:
         """The fast path (facts 6): a write to a present leaf that only has to get its W back."""
@@ -355,8 +147,67 @@ class Machine:
         """Faults that map nothing: a write to a read-only slot; a device where no MMIO SPTE can be made (facts 4.7)."""
         if fault.slot is not None:
             return EMULATE if fault.code & PFERR_W and fault.slot.readonly else None
-        vcpu.device = (fault.gfn, self.generation)  # facts 4.1
+        page = 0 if self.npt else fault.address // PAGE
+        vcpu.device = DeviceInfo(page, fault.gfn, fault.access & (ACC_W | ACC_U), self.generation)  # facts 4.1
         return None if self.mmio_caching and fault.gfn <= self.max_gfn else EMULATE
+
+    def decode(self, vcpu: Vcpu) -> None:
+        """KVM executes an instruction; without nested paging it fetches it by a walk of its own."""
+        self.counters["insn_emulation"] += 1
+        if vcpu.shadowing:
+            self.mmu.walk(vcpu, vcpu.code, PFERR_F | vcpu.user)
+
+    def emulate(self, vcpu: Vcpu, parts: list[tuple[int, int]], access: int, fault: NestedFault, operand: Operand) -> Outcome:
+        """KVM executes the instruction: each page for itself (facts 4.3).
+
+        Raises:
+            GuestFault: a walk fails. What was stored to a page before is there.
+        """
+        if access & PFERR_F or fault.code & GUEST_PAGE:
+            raise NotBuilt("code or page tables outside writable memory")
+        self.decode(vcpu)
+        if vcpu.shadowing and operand == EXCHANGE:
+            for address, _ in parts:
+                try:
+                    self.locate(vcpu, address, access & ~PFERR_W, fault)
+                except GuestFault as denied:
+                    raise GuestFault(denied.code | PFERR_W, denied.address) from None
+        pieces, done = [], 0
+        for address, length in parts:
+            gpa, device = self.locate(vcpu, address, access, fault)
+            if access & PFERR_W and not device:
+                self.memory.mark_dirty(gpa // PAGE)
+                if operand is None and self.mmu.tracked(gpa // PAGE):
+                    raise NotBuilt("a push to a page table")
+                if isinstance(operand, int) and not self.npt:
+                    self.memory.store(gpa, length, operand >> 8 * done)
+                    self.mmu.table_written(vcpu, gpa, length)
+            pieces.append((gpa, length, device))
+            done += length
+        if any(device for _, _, device in pieces):
+            self.counters["mmio_exits"] += 1
+        return Outcome(pieces, emulated=True, stored=isinstance(operand, int) and not self.npt)
+
+    def locate(self, vcpu: Vcpu, address: int, access: int, fault: NestedFault) -> tuple[int, bool]:
+        """The gpa of an operand, and whether it is a device's: the emulator walks unless it knows (facts 4.3)."""
+        if vcpu.shadowing:
+            info = vcpu.device if vcpu.device is not None and vcpu.device.generation == self.generation else None
+            if info is not None and info.page and info.page == address // PAGE:
+                if not vcpu.walker.denied(bool(info.access & ACC_U), bool(info.access & ACC_W), True, access):
+                    return info.gfn * PAGE | address & OFFSET, True
+            gpa = self.mmu.walk(vcpu, address, access).gpa
+            if info is not None and info.gfn and info.gfn == gpa // PAGE:
+                return gpa, True
+        elif address & OFFSET == fault.address & OFFSET:
+            gpa = fault.address
+        else:
+            walk = vcpu.kvm_walker.walk(vcpu.cpu.cr3, address, access)
+            if not walk.ok:
+                self.counters["pf_guest"] += 1
+                raise GuestFault(walk.pferr, address)
+            gpa = walk.gpa
+        kind = self.memory.kind(gpa)
+        return gpa, kind is None or (bool(access & PFERR_W) and kind == "rom")
 
     def flush(self) -> None:
         """Ask all vCPUs to flush their TLBs before they enter the guest again."""

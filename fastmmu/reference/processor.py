@@ -2,24 +2,27 @@
 
 Sources: AMD APM volume 2, 15.25 (nested paging, error codes in 15.25.6) and 5.5 (TLB); for what KVM's emulator does with an
 instruction, facts 4.3. A `Vcpu` also holds what KVM keeps per vCPU: roots, pending requests, the last device page.
+With shadow paging the walk is one of the shadow tables, without a TLB: it would not show, because KVM flushes it with every exit
+that takes something away from an entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastmmu.bits import ACC, PFERR
 from fastmmu.paging import Cpu, Mode
+from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Leaf, Table, lowest, span
 from fastmmu.reference.walk import A, D, Memory, Translation, Walker
 
 PFERR_P, PFERR_W, PFERR_U, PFERR_RSVD, PFERR_F, GUEST_FINAL, GUEST_PAGE = (
     int(getattr(PFERR, name)) for name in ("P", "W", "U", "RSVD", "F", "GUEST_FINAL", "GUEST_PAGE")
 )
 ACC_X, ACC_W, ACC_U = int(ACC.X), int(ACC.W), int(ACC.U)
-PAGE = 4096
 OFFSET = PAGE - 1
+EXCHANGE = "exchange"
+Operand = int | str | None  # what a write stores: a number, the result of an exchange, or nothing that matters
 RESTARTS = 1000  # far more than any access needs: every restart maps something
 
 
@@ -52,156 +55,9 @@ class NestedFault(Exception):
 class GuestFault(Exception):
     """The guest's own tables do not allow an access: a page fault for the guest."""
 
-    def __init__(self, code: int) -> None:
-        super().__init__(f"{code:#x}")
-        self.code = code
-
-
-@dataclass
-class Leaf:
-    """A present entry that maps memory; equal values are what KVM takes for "nothing changed"."""
-
-    executable: bool
-    writable: bool
-    mmu_writable: bool
-    accessed: bool
-    dirty: bool
-
-
-@dataclass
-class Device:
-    """An MMIO SPTE: the access faults with a reserved bit."""
-
-    gfn: int
-    generation: int
-
-
-@dataclass(eq=False)
-class Table:
-    """512 entries of the host's table; `gfn` is the first page they map. Only shadow pages have parents and users."""
-
-    gfn: int
-    level: int
-    entries: dict[int, Leaf | Device | Table] = field(default_factory=dict)
-    parents: list[tuple[Table, int]] = field(default_factory=list)
-    users: int = 0  # vCPUs that have it as a root
-    invalid: bool = False
-    nx_split: bool = False  # made because a fetch may not use a huge page, and counted
-
-    def index(self, gfn: int) -> int:
-        """Number of the entry that maps `gfn`."""
-        return gfn // span(self.level) % 512
-
-    def gfn_of(self, index: int) -> int:
-        """First page that an entry maps."""
-        return self.gfn + index * span(self.level)
-
-    def visit(self, start: int, end: int, lowest: int = 1) -> Iterator[tuple[Table, int]]:
-        """Entries that overlap a range of pages, those of a table after the entry that points to it.
-
-        As in KVM's iterator an entry is visited if it begins before `end`: an empty range at the begin of an entry visits nothing,
-        one inside of it does.
-        """
-        for index in range(max(0, (start - self.gfn) // span(self.level)), 512):
-            if self.gfn_of(index) >= end:
-                return
-            yield self, index
-            entry = self.entries.get(index)
-            if isinstance(entry, Table) and self.level > lowest:
-                yield from entry.visit(start, end, lowest)
-
-
-def span(level: int) -> int:
-    """4 KiB pages that an entry of this level maps."""
-    return 1 << 9 * (level - 1)
-
-
-def path(roots: list[Table], gfn: int) -> Iterator[tuple[Table, int]]:
-    """Tables from the root down and the index in each; a table that is linked meanwhile is followed."""
-    table = roots[0] if len(roots) == 1 else roots[gfn >> 18]
-    while True:
-        index = table.index(gfn)
-        yield table, index
-        entry = table.entries.get(index)
-        if not isinstance(entry, Table):
-            return
-        table = entry
-
-
-@dataclass
-class Slot:
-    """A memslot. `host_level` is the page size of the host's mapping, `misaligned` the levels at which it is not congruent."""
-
-    gfn: int
-    pages: int
-    readonly: bool = False
-    logging: bool = False
-    host_level: int = 1
-    misaligned: frozenset[int] = frozenset()
-    dirty: set[int] = field(default_factory=set)
-
-    @property
-    def end(self) -> int:
-        """First page behind the slot."""
-        return self.gfn + self.pages
-
-    def start_log(self, manual_protect: int) -> None:
-        """A new bitmap (facts 7.1)."""
-        self.dirty = set(range(self.pages)) if self.logging and manual_protect & 2 else set()
-
-    def clear_dirty(self, pages: set[int]) -> list[list[int]]:
-        """Clear bits; the gfns of those that were set, by words of the bitmap."""
-        words: dict[int, list[int]] = {}
-        for page in sorted(self.dirty & pages):
-            words.setdefault(page // 64, []).append(self.gfn + page)
-        self.dirty -= pages
-        return list(words.values())
-
-    def huge_level(self, gfn: int, limit: int = 3) -> int:
-        """Largest level at which the page may be mapped (facts 5.9)."""
-        for level in range(limit, 1, -1):
-            start = gfn - gfn % span(level)
-            if self.gfn <= start and start + span(level) <= self.end and level not in self.misaligned:
-                return min(level, self.host_level)
-        return 1
-
-
-class GuestMemory(Memory):
-    """Guest memory as KVM itself sees it: the memslots and their dirty logs."""
-
-    def __init__(self) -> None:
-        super().__init__([])
-        self.memslots: dict[int, Slot] = {}
-
-    def slot_at(self, gfn: int) -> Slot | None:
-        """The slot of a page."""
-        return next((slot for slot in self.memslots.values() if slot.gfn <= gfn < slot.end), None)
-
-    def kind(self, gpa: int) -> str | None:
-        """'ram', 'rom' or no slot."""
-        slot = self.slot_at(gpa // PAGE)
-        return None if slot is None else "rom" if slot.readonly else "ram"
-
-    def write(self, gpa: int, size: int, value: int) -> None:
-        """KVM's walker sets a bit: the table's page becomes dirty (facts 1.6)."""
-        super().write(gpa, size, value)
-        self.mark_dirty(gpa // PAGE)
-
-    def mark_dirty(self, gfn: int) -> None:
-        """Log a page (facts 7.2)."""
-        slot = self.slot_at(gfn)
-        if slot is not None and slot.logging:
-            slot.dirty.add(gfn - slot.gfn)
-
-
-@dataclass
-class Fault:
-    """One page fault on its way through the handler (facts 5.2)."""
-
-    gfn: int
-    code: int
-    slot: Slot | None
-    max_level: int
+    def __init__(self, code: int, address: int = 0) -> None:
+        super().__init__(f"{code:#x} {address:#x}")
+        self.code, self.address = code, address
 
 
 @dataclass
@@ -214,6 +70,8 @@ class Outcome:
     pieces: list[tuple[int, int, bool]] = field(default_factory=list)
     pferr: int | None = None
     address: int = 0
+    emulated: bool = False  # by KVM
+    stored: bool = False  # what goes to memory is there
 
 
 @dataclass
@@ -300,7 +158,13 @@ class Vcpu:
         self.roots: list[Table] = []  # tables that the hardware starts from: one, or the four of PAE paging, or none loaded
         self.flush_requested = False
         self.free_roots_requested = False
-        self.device: tuple[int, int] | None = None  # the last device page: (gfn, memslot generation)
+        self.sync_requested = False
+        self.flush_current_requested = False
+        self.root_cr3 = 0  # of the current root
+        self.previous: list[tuple[int, Table] | None] = [None] * 3  # roots that it had before, with their CR3 (facts 9.1)
+        self.pdptes = [0] * 4  # of PAE paging, as a load of CR3 found them
+        self.device: DeviceInfo | None = None
+        self.code = 0  # gva of the last fetch
         self.faults: list[tuple[int, int]] = []  # every exit for a page fault: (address, error code)
         self.tlb = Tlb(machine.hardware)
         self.set_registers(0, cr0=0x10, cr3=0, cr4=0, efer=0)
@@ -309,36 +173,60 @@ class Vcpu:
         """Load the registers that translation depends on; what follows for the TLB and the roots is the caller's."""
         features = {"maxphyaddr": self.machine.maxphyaddr, "page_1g": self.machine.page_1g, "amd": True}
         self.cpu = Cpu(cr0=cr0, cr3=cr3, cr4=cr4, efer=efer, **features)
-        if self.cpu.mode not in (Mode.NONE, Mode.LONG4, Mode.LONG5):
+        if self.machine.npt and self.cpu.mode not in (Mode.NONE, Mode.LONG4, Mode.LONG5):
             raise NotBuilt("guest paging with 32-bit addresses")
         self.cpl = cpl
         self.reads = TableReads(self)
         self.walker = Walker(self.reads, self.cpu)
         self.kvm_walker = Walker(self.machine.memory, self.cpu)
 
+    @property
+    def shadowing(self) -> bool:
+        """Whether the hardware walks shadows of the guest's tables."""
+        return self.walker.paging and not self.machine.npt
+
+    @property
+    def user(self) -> int:
+        """U of an error code, by the privilege level."""
+        return PFERR_U if self.cpl == 3 else 0
+
     def write_control(self, **registers: int) -> None:
         """The guest moves to CR0, CR3, CR4 or EFER: no exit with nested paging, an empty TLB."""
+        if not self.machine.npt:
+            self.exit()
+            self.machine.write_control(self, **registers)
+            return
         old = {name: getattr(self.cpu, name) for name in ("cr0", "cr3", "cr4", "efer")}
         self.set_registers(self.cpl, **(old | registers))
         self.tlb.empty()
 
     def invlpg(self, gva: int) -> None:
         """The guest's INVLPG: no exit with nested paging."""
+        if not self.machine.npt:
+            self.exit()
+            self.machine.invlpg(self, gva)
         self.tlb.invalidate(gva // PAGE)
 
     def enter(self) -> None:
         """KVM serves the requests and loads the roots, until nothing is left to do before the guest runs."""
         machine = self.machine
-        if not machine.npt and self.walker.paging:
-            raise NotBuilt("shadow paging")
-        while self.free_roots_requested or self.flush_requested or not self.roots:
-            if self.free_roots_requested and any(root.invalid for root in self.roots):
-                machine.mmu.release_roots(self)
+        while (
+            self.free_roots_requested
+            or self.sync_requested
+            or self.flush_requested
+            or self.flush_current_requested
+            or not self.roots
+        ):
+            if self.free_roots_requested:
+                machine.mmu.release_obsolete(self)
             self.free_roots_requested = False
-            if self.flush_requested:
+            if self.sync_requested:
+                self.sync_requested = False
+                machine.mmu.sync_roots(self)
+            if self.flush_requested or self.flush_current_requested:  # to flush all does both
                 machine.counters["tlb_flush"] += 1
                 self.tlb.empty()
-            self.flush_requested = False
+            self.flush_requested = self.flush_current_requested = False
             if not self.roots:
                 machine.mmu.load_roots(self)
                 self.tlb.empty()
@@ -349,8 +237,10 @@ class Vcpu:
         if self.machine.hardware.tlb_flushed_on_exit:
             self.tlb.empty()
 
-    def access(self, gva: int, access: int, size: int) -> Outcome:
+    def access(self, gva: int, access: int, size: int, operand: Operand = None) -> Outcome:
         """Touch memory; `access` is W, U and F of an error code. Restarts after every fault that KVM repaired."""
+        if access & PFERR_F:
+            self.code = gva
         first = min(size, PAGE - gva % PAGE)
         parts = [(gva, first)] + ([(gva + first, size - first)] if size > first else [])
         for _ in range(RESTARTS):
@@ -365,12 +255,17 @@ class Vcpu:
             except NestedFault as fault:
                 self.exit()
                 self.faults.append((fault.address, fault.code))
-                if self.machine.page_fault(self, fault.address, fault.code):
-                    return self.emulate(parts, access, fault)
+                try:
+                    if self.machine.page_fault(self, fault.address, fault.code):
+                        return self.machine.emulate(self, parts, access, fault, operand)
+                except GuestFault as injected:
+                    return Outcome(pferr=injected.code, address=injected.address)
         raise RuntimeError(f"access to {gva:#x} never ends: {self.faults[-1]}")
 
     def translate(self, gva: int, access: int) -> int:
         """The gpa, from the TLB or by a walk which fills it."""
+        if self.shadowing:
+            return self.shadowed(gva, access)
         entry = self.tlb.find(gva // PAGE)
         if entry is not None:
             if self.serves(entry, access):
@@ -413,8 +308,7 @@ class Vcpu:
         code = access & (PFERR_W | PFERR_F | PFERR_U)
         if self.machine.npt:
             code |= purpose | PFERR_U
-        *_, (table, index) = path(self.roots, gpa // PAGE)
-        leaf = table.entries.get(index)
+        _, leaf = lowest(self.roots, gpa // PAGE)
         if leaf is None:
             raise NestedFault(gpa, code)
         if isinstance(leaf, Device):
@@ -425,24 +319,22 @@ class Vcpu:
         leaf.dirty = leaf.dirty or bool(access & PFERR_W)
         return leaf
 
-    def emulate(self, parts: Iterable[tuple[int, int]], access: int, fault: NestedFault) -> Outcome:
-        """KVM executes the instruction: each page for itself, the one that faulted without a walk (facts 4.3)."""
-        if access & PFERR_F or fault.code & GUEST_PAGE:
-            raise NotBuilt("code or page tables outside writable memory")
-        self.machine.counters["insn_emulation"] += 1
-        pieces = []
-        for address, length in parts:
-            gpa = fault.address
-            if address & OFFSET != gpa & OFFSET:
-                walk = self.kvm_walker.walk(self.cpu.cr3, address, access)
-                if not walk.ok:
-                    self.machine.counters["pf_guest"] += 1
-                    return Outcome(pferr=walk.pferr, address=address)
-                gpa = walk.gpa
-            device = self.machine.memory.kind(gpa) is None or (bool(access & PFERR_W) and self.machine.memory.kind(gpa) == "rom")
-            if access & PFERR_W and not device:
-                self.machine.memory.mark_dirty(gpa // PAGE)
-            pieces.append((gpa, length, device))
-        if any(device for _, _, device in pieces):
-            self.machine.counters["mmio_exits"] += 1
-        return Outcome(pieces)
+    def shadowed(self, gva: int, access: int) -> int:
+        """The gpa by the shadow tables; KVM keeps CR0.WP and EFER.NX set in the hardware, SMEP and SMAP are the guest's."""
+        code = access & (PFERR_W | PFERR_F | PFERR_U)
+        level, leaf = lowest(self.roots, gva // PAGE)
+        if leaf is None:
+            raise NestedFault(gva, code)
+        if isinstance(leaf, Device):
+            raise NestedFault(gva, code | PFERR_RSVD | (0 if self.machine.hardware.reserved_without_present else PFERR_P))
+        if access & PFERR_U:
+            denied = not leaf.user
+        elif access & PFERR_F:
+            denied = leaf.user and self.walker.smep
+        else:
+            denied = leaf.user and self.walker.smap and not self.walker.alignment_check
+        if denied or (access & PFERR_W and not leaf.writable) or (access & PFERR_F and not leaf.executable):
+            raise NestedFault(gva, code | PFERR_P)
+        leaf.accessed = True
+        leaf.dirty = leaf.dirty or bool(access & PFERR_W)
+        return (leaf.gfn + gva // PAGE % span(level)) * PAGE | gva & OFFSET

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastmmu.reference.kvm import Machine
-from fastmmu.reference.processor import PAGE, TRUTH_HARDWARE, Hardware, NotBuilt, Outcome, Slot, Vcpu
+from fastmmu.reference.processor import EXCHANGE, TRUTH_HARDWARE, Hardware, NotBuilt, Operand, Outcome, Vcpu
+from fastmmu.reference.tables import PAGE, Slot
 from fastmmu.reference.walk import PFERR_F, PFERR_U, PFERR_W
 
 WORD = (1 << 64) - 1
@@ -77,19 +78,6 @@ def bitmap_pages(text: str) -> set[int]:
     return {8 * i + j for i, byte in enumerate(data) for j in range(8) if byte >> j & 1}
 
 
-def load_bytes(words: dict[int, int], gpa: int, size: int) -> int:
-    """Bytes at any address, as a number."""
-    both = words.get(gpa & ~7, 0) | words.get((gpa & ~7) + 8, 0) << 64
-    return both >> 8 * (gpa & 7) & (1 << 8 * size) - 1
-
-
-def store_bytes(words: dict[int, int], gpa: int, size: int, value: int) -> None:
-    """Store bytes at any address."""
-    for i in range(size):
-        word, shift = gpa + i & ~7, 8 * (gpa + i & 7)
-        words[word] = words.get(word, 0) & ~(0xFF << shift) | (value >> 8 * i & 0xFF) << shift
-
-
 class GuestRun:
     """One guest step: the interpreter and its list of ops."""
 
@@ -120,9 +108,9 @@ class GuestRun:
         self.machine.counters["io_exits"] += 1
         self.vcpu.exit()
 
-    def touch(self, access: int, gva: int, size: int = 8, user: int | None = None) -> Outcome:
+    def touch(self, access: int, gva: int, size: int = 8, user: int | None = None, operand: Operand = None) -> Outcome:
         """One access of the interpreter or of an op."""
-        outcome = self.vcpu.access(gva, access | (self.user if user is None else user), size)
+        outcome = self.vcpu.access(gva, access | (self.user if user is None else user), size, operand)
         if outcome.pferr is not None:
             raise PageFault(outcome.pferr, outcome.address)
         return outcome
@@ -189,33 +177,37 @@ class GuestRun:
                 data = self.supplied.pop(0) if self.supplied else 0
                 self.result.mmio.append(("R", gpa, length, data))
             else:
-                data = load_bytes(self.machine.memory.words, gpa, length)
+                data = self.machine.memory.load(gpa, length)
             value |= (data & (1 << 8 * length) - 1) << shift
             shift += 8 * length
         return value
 
     def store(self, gva: int, size: int, value: int) -> None:
         """A store."""
-        self.write_pieces(self.touch(WRITE, gva, size), value)
+        self.write_pieces(self.touch(WRITE, gva, size, operand=value), value)
 
     def write_pieces(self, outcome: Outcome, value: int) -> None:
-        """To memory, or to userspace."""
+        """To memory, if the emulator has not done it, or to userspace."""
         for gpa, length, device in outcome.pieces:
             data = value & (1 << 8 * length) - 1
             if device:
                 self.result.mmio.append(("W", gpa, length, data))
-            else:
-                store_bytes(self.machine.memory.words, gpa, length, data)
+            elif not outcome.stored:
+                self.machine.memory.store(gpa, length, data)
             value >>= 8 * length
 
     def compare_exchange(self, gva: int, new: int, old: int) -> int:
         """A locked cmpxchg; it always writes. KVM emulates it on a device as a read and then a write."""
-        outcome = self.touch(WRITE, gva, 8)
+        outcome = self.touch(WRITE, gva, 8, operand=EXCHANGE)
         no_slot = [(gpa, size, self.machine.memory.kind(gpa) is None) for gpa, size, _ in outcome.pieces]
         if any(device for _, _, device in no_slot):
             self.machine.counters["mmio_exits"] += 1
         found = self.read_pieces(Outcome(no_slot))
         self.write_pieces(outcome, new if found == old else found)
+        if outcome.emulated:
+            for gpa, length, device in outcome.pieces:
+                if not device:
+                    self.machine.mmu.table_written(self.vcpu, gpa, length)
         return found
 
     def handle_page_fault(self) -> None:
@@ -310,7 +302,7 @@ class Scenario:
 
     def do_host_read(self, step: dict[str, Any], result: StepResult) -> None:
         """The host reads a word."""
-        result.value = load_bytes(self.machine.memory.words, number(step["gpa"]), 8)
+        result.value = self.machine.memory.load(number(step["gpa"]), 8)
 
     def do_enable_cap(self, step: dict[str, Any], result: StepResult) -> None:
         """KVM_ENABLE_CAP."""

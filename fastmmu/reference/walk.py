@@ -40,6 +40,17 @@ class Memory:
             value = self.read(gpa & ~7, 8) & ~(0xFFFFFFFF << shift) | value << shift
         self.words[gpa & ~7] = value
 
+    def load(self, gpa: int, size: int) -> int:
+        """Bytes at any address, as a number."""
+        both = self.words.get(gpa & ~7, 0) | self.words.get((gpa & ~7) + 8, 0) << 64
+        return both >> 8 * (gpa & 7) & (1 << 8 * size) - 1
+
+    def store(self, gpa: int, size: int, value: int) -> None:
+        """Store bytes at any address."""
+        for i in range(size):
+            word, shift = gpa + i & ~7, 8 * (gpa + i & 7)
+            self.words[word] = self.words.get(word, 0) & ~(0xFF << shift) | (value >> 8 * i & 0xFF) << shift
+
 
 @dataclass(frozen=True)
 class Translation:
