@@ -62,7 +62,7 @@ def check_rmap(state: State) -> None:
 
 
 def check_indirect(state: State) -> None:
-    """All of it that concerns tables of the guest."""
+    """All of it that concerns shadow pages of the guest's tables, but for what those tables say."""
     role = state.page["role"].astype(np.uint64)
     indirect = role & (ROLE.DIRECT | ROLE.INVALID) == 0
     unsync = state.page["unsync"] != 0
@@ -75,7 +75,12 @@ def check_indirect(state: State) -> None:
     check_huge_pages(state, indirect)
     check_unsync(state, unsync)
     check_protection(state, indirect & ~unsync)
-    for at in np.flatnonzero(indirect & ~unsync).tolist():
+
+
+def check_guest_tables(state: State) -> None:
+    """Each page that is in step says what the guest's table says."""
+    role = state.page["role"].astype(np.uint64)
+    for at in np.flatnonzero((role & (ROLE.DIRECT | ROLE.INVALID) == 0) & (state.page["unsync"] == 0)).tolist():
         check_entries(state, at)
 
 

@@ -40,7 +40,7 @@ def compiled_step(replay: Replay, step: dict[str, Any]) -> dict[str, Any]:
         replay.started = True
     before, tables = machine.counters(), table_words(machine.memory.words)
     seen: Seen = replay.run_step(step)
-    audit(machine)
+    audit(machine, guest_tables=not replay.host_wrote)
     after = machine.counters()
     values: dict[str, Any] = {
         f"delta of {name}": after[name] - before[name] for name in NAMES if name not in NOT_EXACT.get(step["do"], ())
