@@ -162,6 +162,7 @@ def after_access(vm, vcpu, log, event, row, touched):
     if touched.status == Status.STOP:
         return False
     if touched.status == Status.FAULT:
+        vcpu.own[VcpuWord.FETCH_ACCESS] = ZERO  # what follows, the delivery of the fault, is no instruction that was fetched
         write_log(vm, log, LogKind.PAGE_FAULT, 0, event, touched.address, touched.pferr)
         if vm.word[VmWord.STOP_AT_FAULT] != ZERO:
             stop(vm, Stop.GUEST_FAULT, touched.address, touched.pferr)

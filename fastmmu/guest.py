@@ -13,7 +13,7 @@ from fastmmu.fault import page_fault
 from fastmmu.hardware import ADDRESS_32, access_gpa, leave, translate_page
 from fastmmu.machine_state import Counter, LogKind, Outcome, Status, Stop, Touch, VcpuWord, VmWord
 from fastmmu.memslot import is_readonly, mark_dirty, note_write, slot_by_gfn
-from fastmmu.mmio import cached_gpa, match
+from fastmmu.mmio import cached_gpa, match, match_gpa
 from fastmmu.pool import count
 from fastmmu.roots import enter, is_asked, is_shadow_paging, stop
 from fastmmu.shadow_fault import inject, walk_for_kvm
@@ -172,22 +172,23 @@ def write_guest(vm, vcpu, gva, size, gpa, second, value):
 
 @inner(inline=True)
 def emulated_gpa(vm, vcpu, gva, access, faulted):
-    """(Touch) of one page as the emulator finds it (facts 4.3): the gpa that faulted where the offset is the same, or the device
-    page that KVM remembers, else by a walk."""
+    """(Touch of one page as the emulator finds it, whether KVM remembers it as a device's): the gpa that faulted where the offset
+    is the same, or by the MMIO info cache, else by a walk (facts 4.3)."""
     direct = not is_shadow_paging(vm, vcpu)
     if direct and gva & PAGE_OFFSET == faulted & PAGE_OFFSET:
-        return Touch(Status.DONE, faulted, ZERO, ZERO)
+        return Touch(Status.DONE, faulted, ZERO, ZERO), False
     if vcpu.mmu.reg[Reg.MODE] == MODE_NONE:
-        return Touch(Status.DONE, gva & ADDRESS_32, ZERO, ZERO)
+        return Touch(Status.DONE, gva & ADDRESS_32, ZERO, ZERO), False
+    entry, generation = vcpu.own[MMIO:MMIO_GENERATION], vcpu.own[MMIO_GENERATION:MMIO_END]
     if not direct and vm.word[VmWord.MMIO_INFO] != ZERO:
-        entry, generation = vcpu.own[MMIO:MMIO_GENERATION], vcpu.own[MMIO_GENERATION:MMIO_END]
         if match(entry, None, generation, vcpu.mmu, gva, access) == Miss.HIT:
-            return Touch(Status.DONE, cached_gpa(entry, gva), ZERO, ZERO)
+            return Touch(Status.DONE, cached_gpa(entry, gva), ZERO, ZERO), True
     walk = walk_for_kvm(vm, vcpu, gva, access)
     if walk.ok:
-        return Touch(Status.DONE, walk.gpa, ZERO, ZERO)
+        remembered = not direct and vm.word[VmWord.MMIO_INFO] != ZERO and match_gpa(entry, generation, vcpu.mmu, walk.gpa)
+        return Touch(Status.DONE, walk.gpa, ZERO, ZERO), remembered
     inject(vm, vcpu, gva, walk.pferr)
-    return Touch(Status.FAULT, ZERO, gva, walk.pferr)
+    return Touch(Status.FAULT, ZERO, gva, walk.pferr), False
 
 
 @inner
@@ -247,10 +248,10 @@ def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, known, val
     address, length, data = gva, part, ZERO
     first, second, first_device, second_device = ZERO, ZERO, False, False
     while True:
-        touched = emulated_gpa(vm, vcpu, address, access, faulted)
+        touched, remembered = emulated_gpa(vm, vcpu, address, access, faulted)
         if touched.status != Status.DONE:
             return touched, ZERO
-        device = is_device(vm, vcpu, touched.gpa, write)
+        device = remembered or is_device(vm, vcpu, touched.gpa, write)
         if not device:
             answer = emulate_memory(vm, vcpu, touched.gpa, length, write, known, value >> shift if address != gva else value)
             data |= answer << shift if address != gva else answer
