@@ -178,7 +178,7 @@ def check_tlb(state: State, vcpu: int) -> None:
     machine, word = state.machine, state.word
     if int(word[REQUESTS + vcpu]) & FLUSHING or not machine.state.own[vcpu, VcpuWord.ROOT]:
         return
-    entries, epoch = machine.state.tlb[vcpu, :-1].reshape(-1, 2), machine.state.tlb[vcpu, -1, 0, 0]
+    entries, epoch = machine.state.tlb[vcpu, :-1, :-1].reshape(-1, 2), machine.state.tlb[vcpu, -1, 0, 0]
     entries = entries[entries[:, 0] >> EPOCH_SHIFT == epoch]
     by_gva = word[VmWord.TDP] == 0
     for tag, entry in entries.tolist():

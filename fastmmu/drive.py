@@ -18,7 +18,7 @@ from fastmmu.guest import (
     write_log,
     write_memory,
 )
-from fastmmu.hardware import leave, not_plain, walk_plainly
+from fastmmu.hardware import leave, walk_plainly
 from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, LogKind, Status, Stop, Touch, VcpuState, VcpuWord, VmWord
 from fastmmu.memslot import note_write, slot_by_id
 from fastmmu.pool import NO_TABLE, count
@@ -49,6 +49,7 @@ LOG_MARGIN = np.uint64(256)  # rows that one event may need
 WORD_BYTES, BYTE_BITS = np.uint64(8), np.uint64(3)
 W, F = np.uint8(PFERR.W), np.uint8(PFERR.F)
 NO = np.uint8(0)
+NOT_FETCHED = -1
 
 
 @inner
@@ -115,7 +116,7 @@ def emulate_row(vm, vcpu, log, supply, event, op, gva, size, access, faulted, kn
     reads, writes = op in (LOAD, EXCHANGE), op == EXCHANGE
     while True:
         one = access & ~PFERR.W if reads else access
-        touched, seen = emulate(vm, vcpu, log, supply, event, gva, size, one, faulted, known, value)
+        touched, seen = emulate(vm, vcpu, log, supply, event, gva, size, one, faulted, known, value, writes and not reads)
         if touched.status == Status.FAULT and reads and writes:
             return Touch(touched.status, ZERO, touched.address, touched.pferr | PFERR.W)  # what it reads it would write
         if touched.status != Status.EMULATED:
@@ -142,18 +143,26 @@ def access_of_row(op, row):
 def quick_access(vm, vcpu, row):
     """An ACCESS or DEVICE that neither exits nor faults: by the TLB, or by a plain walk. Not DONE says that it is none of these."""
     gva, access = row["address"], np.uint64(row["access"])
-    if access & PFERR.F != ZERO:
-        vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS] = gva, access
     entry = lookup(vcpu.tlb, vcpu.mmu, gva, access)
     if entry != ZERO:
         count(vcpu.stat, Counter.TLB_HITS)
         touched = Touch(Status.DONE, (entry & GPTE64.ADDR) | (gva & PAGE_OFFSET), ZERO, ZERO)
     else:
         touched = walk_plainly(vm, vcpu, gva, access)
-        vcpu.stat[Counter.TLB_MISSES] += touched.status == Status.DONE
-    if touched.status == Status.DONE and access & PFERR.W != ZERO and vm.word[VmWord.LOGGING_SLOTS] != ZERO:
+        if touched.status != Status.DONE:
+            return touched
+        count(vcpu.stat, Counter.TLB_MISSES)
+    if access & PFERR.W != ZERO and vm.word[VmWord.LOGGING_SLOTS] != ZERO:
         note_write(vm, vcpu, touched.gpa)
     return touched
+
+
+@inner
+def note_fetch(vcpu, events, fetched):
+    """Keep the last fetch, event `fetched` unless it is NOT_FETCHED, with the vCPU: an instruction that exits is fetched again."""
+    if fetched != NOT_FETCHED:
+        vcpu.own[VcpuWord.FETCHED] = events[fetched]["address"]
+        vcpu.own[VcpuWord.FETCH_ACCESS] = np.uint64(events[fetched]["access"])
 
 
 @inner(inline=True)
@@ -314,10 +323,24 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
     """
     vcpu = vcpu_of(vcpus, vm.word[VmWord.VCPU])
     two_dimensional = vm.word[VmWord.TDP] != ZERO
+    tells_all = vm.word[VmWord.LOG_ACCESSES] != ZERO
     vm.word[VmWord.STOP] = ZERO
+    fetched = NOT_FETCHED
     for i in range(first, len(events)):
         row = events[i]
         op, address, value = row["op"], row["address"], row["value"]
+        if op <= DEVICE:
+            fetched = i if row["access"] & F != NO else fetched
+            if not tells_all and not is_asked(vm, vcpu):
+                touched = quick_access(vm, vcpu, row)
+                if touched.status == Status.DONE:
+                    if row["checked"] == NO or touched.gpa == value:
+                        continue
+                    note_fetch(vcpu, events, fetched)
+                    stop(vm, Stop.DIFFERS, touched.gpa, ZERO)
+                    return i
+        note_fetch(vcpu, events, fetched)
+        fetched = NOT_FETCHED
         if op <= STORE or op in (LOAD, WRITE, EXCHANGE):
             if vm.word[VmWord.LOGGED] + LOG_MARGIN > np.uint64(len(log)) and vm.word[VmWord.STOP_WHEN_FULL] != ZERO:
                 stop(vm, Stop.LOG_FULL, address, ZERO)
@@ -332,18 +355,14 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                     else:
                         store_unseen(vm, vcpu, address, value)
                     continue
-            touched = quick_access(vm, vcpu, row) if op <= DEVICE else not_plain()
-            if touched.status != Status.DONE:
-                if op <= DEVICE and row["access"] & F != NO:
-                    vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS] = address, np.uint64(row["access"])
-                known, stored, compared = False, ZERO, ZERO
-                if i + 1 < len(events):
-                    compared = events[i + 1]["value"]
-                    if not two_dimensional and op <= DEVICE and is_own_store(row, events[i + 1]):
-                        known, stored = True, compared >> ((value & (WORD_BYTES - ONE)) << BYTE_BITS)
-                gva, size, access = access_of_row(op, row)
-                touched, second = access_bytes(vm, vcpu, log, i, gva, size, access)
-                touched = finish(vm, vcpu, log, supply, i, row, compared, known, stored, touched, second)
+            known, stored, compared = False, ZERO, ZERO
+            if i + 1 < len(events):
+                compared = events[i + 1]["value"]
+                if not two_dimensional and op <= DEVICE and is_own_store(row, events[i + 1]):
+                    known, stored = True, compared >> ((value & (WORD_BYTES - ONE)) << BYTE_BITS)
+            gva, size, access = access_of_row(op, row)
+            touched, second = access_bytes(vm, vcpu, log, i, gva, size, access)
+            touched = finish(vm, vcpu, log, supply, i, row, compared, known, stored, touched, second)
             if op == STORE:
                 if touched.status == Status.STOP:
                     return i
@@ -367,4 +386,5 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
             set_registers(vm, vcpu, table, value, op == REGISTERS)
         else:
             host_event(vm, vcpus, vcpu, prepared, op, address, value)
+    note_fetch(vcpu, events, fetched)
     return len(events)

@@ -170,16 +170,28 @@ def write_guest(vm, vcpu, gva, size, gpa, second, value):
 # --- emulation -------------------------------------------------------------------------------------------------------------
 
 
+@inner
+def is_device(vm, vcpu, gpa, write):
+    """Whether an access goes to user space: no memslot, or a write to a read-only one."""
+    number = slot_by_gfn(vm, vcpu, gpa >> PAGE_SHIFT)
+    return number == NO_SLOT or (write and is_readonly(vm.mem.slots[number]))
+
+
 @inner(inline=True)
-def emulated_gpa(vm, vcpu, gva, access, faulted):
-    """(Touch of one page as the emulator finds it, whether KVM remembers it as a device's): the gpa that faulted where the offset
-    is the same, or by the MMIO info cache, else by a walk (facts 4.3)."""
+def emulated_gpa(vm, vcpu, gva, access, faulted, locked):
+    """(Touch of a page as the emulator finds it, whether KVM remembers it as a device's): the gpa that faulted where the offset is
+    the same, or by the MMIO info cache, else by a walk (facts 4.3). The store of a locked exchange walks first: to memory it goes
+    by what the tables say now."""
     direct = not is_shadow_paging(vm, vcpu)
     if direct and gva & PAGE_OFFSET == faulted & PAGE_OFFSET:
         return Touch(Status.DONE, faulted, ZERO, ZERO), False
     if vcpu.mmu.reg[Reg.MODE] == MODE_NONE:
         return Touch(Status.DONE, gva & ADDRESS_32, ZERO, ZERO), False
     entry, generation = vcpu.own[MMIO:MMIO_GENERATION], vcpu.own[MMIO_GENERATION:MMIO_END]
+    if locked and not direct:
+        walk = walk_for_kvm(vm, vcpu, gva, access)
+        if walk.ok and not is_device(vm, vcpu, walk.gpa, True):
+            return Touch(Status.DONE, walk.gpa, ZERO, ZERO), False
     if not direct and vm.word[VmWord.MMIO_INFO] != ZERO:
         if match(entry, None, generation, vcpu.mmu, gva, access) == Miss.HIT:
             return Touch(Status.DONE, cached_gpa(entry, gva), ZERO, ZERO), True
@@ -197,13 +209,6 @@ def supplied(vm, supply, size):
     at = vm.word[VmWord.SUPPLIED]
     vm.word[VmWord.SUPPLIED] = at + ONE
     return supply[at] & mask_of(size) if at < np.uint64(len(supply)) else ZERO
-
-
-@inner
-def is_device(vm, vcpu, gpa, write):
-    """Whether an access goes to user space: no memslot, or a write to a read-only one."""
-    number = slot_by_gfn(vm, vcpu, gpa >> PAGE_SHIFT)
-    return number == NO_SLOT or (write and is_readonly(vm.mem.slots[number]))
 
 
 @inner(inline=True)
@@ -235,7 +240,7 @@ def emulate_device(vm, log, supply, event, gpa, size, write, value):
 
 
 @inner(inline=True)
-def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, known, value):
+def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, known, value, locked):
     """KVM's emulator does the access (facts 4.3): (Touch, value read). Memory is accessed page by page, as it is found; user space
     is asked when both pages are known.
 
@@ -248,7 +253,7 @@ def emulate(vm, vcpu, log, supply, event, gva, size, access, faulted, known, val
     address, length, data = gva, part, ZERO
     first, second, first_device, second_device = ZERO, ZERO, False, False
     while True:
-        touched, remembered = emulated_gpa(vm, vcpu, address, access, faulted)
+        touched, remembered = emulated_gpa(vm, vcpu, address, access, faulted, locked and part == size)
         if touched.status != Status.DONE:
             return touched, ZERO
         device = remembered or is_device(vm, vcpu, touched.gpa, write)

@@ -12,10 +12,10 @@ from fastmmu.bits import ACC, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, ROLE, WORD_SH
 from fastmmu.machine_state import Counter, Outcome, VmWord
 from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
 from fastmmu.pool import NONE, TABLE_SIZE, count, flush_remote
-from fastmmu.rmap import access_of_entry, add_leaf, drop_leaf, drop_parent, gfn_of_entry, is_indirect, loses, remember
+from fastmmu.rmap import ACCESS_SHIFT, access_of_entry, add_leaf, drop_leaf, drop_parent, gfn_of_entry, is_indirect, loses, remember
 from fastmmu.spte import INDEX_BITS, is_mmio, is_present, is_table, is_writable, make_leaf, make_mmio, mmio_gfn, pfn_of
 from fastmmu.state import NO_SLOT, Reg
-from fastmmu.unsync import refuses_write
+from fastmmu.unsync import may_be_shadowed, refuses_write
 from fastmmu.walk import access_of, reserved_row
 
 PREFETCH_PAGES = np.uint64(8)
@@ -28,11 +28,15 @@ QUADRANT_SHIFT = np.uint64(5)
 def make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, can_unsync, host_writable, prefetch):
     """(leaf spte, whether it was refused to be writable because a guest's table lies there); what it may write is logged.
 
-    An entry that was writable keeps that without being asked again: protection was for whoever shadowed the table (facts 3.3.5).
+    An entry that was writable keeps that without being asked again: protection was for whoever shadowed the table (facts 3.3.5). So
+    does, in 6.1, what takes the place of an MMIO spte with W, which looks like one: a shadowed table can become writable so.
     """
     refused = False
-    if access & ACC.W != ZERO and host_writable and not is_writable(old):
-        refused = refuses_write(vm, vcpu.stat, slot, gfn, can_unsync, prefetch)
+    if access & ACC.W != ZERO and host_writable and may_be_shadowed(vm, slot, gfn):
+        if not is_writable(old):
+            refused = refuses_write(vm, vcpu.stat, slot, gfn, can_unsync, prefetch)
+        elif not is_present(old):
+            vm.word[VmWord.UNASKED] += ONE
     rights = access & ~ACC.W if refused else access
     spte = make_leaf(vm.word, gfn, level, rights, old, host_writable, prefetch)
     if is_writable(spte):
@@ -189,7 +193,7 @@ def clear_leaf(vm, stat, index):
     vm.spt[index] = ZERO
 
 
-@inner
+@inner(inline=True)
 def prefetch_gpte(vm, vcpu, index, gpte, unlogged):
     """Map what the guest's entry says, as if it had been accessed; with `unlogged` not writably where a slot logs. False: it cannot
     be taken."""
@@ -217,14 +221,30 @@ def sync_page(vm, vcpu, table):
     6.1 builds each again, as a prefetch: A is lost, and D where it was writable. Later kernels leave one alone whose rights, as
     they are kept beside the gfn, did not change (SYNC_SKIPS_UNCHANGED).
     """
-    flushes = False
-    for index in range(table * TABLE_SIZE, (table + ONE) * TABLE_SIZE):
-        if vm.spt[index] != ZERO:
-            flushes |= sync_leaf(vm, vcpu, index)
+    word, role, flushes = vm.word, np.uint64(vm.page[table]["role"]), False
+    accessed, dirty, wanted = word[VmWord.ACCESSED], word[VmWord.DIRTY], GPTE64.P | GPTE64.A
+    alike = word[VmWord.LOGGING_SLOTS] == ZERO and word[VmWord.SYNC_SKIPS_UNCHANGED] == ZERO and role & ROLE.FOUR_BYTE_GPTE == ZERO
+    reserved, granted = vcpu.mmu.reserved[reserved_row(ZERO, ONE)], (role & ROLE.ACCESS) >> ACCESS_SHIFT
+    first, start = table * TABLE_SIZE, (vm.page[table]["gfn"] << PAGE_SHIFT) >> WORD_SHIFT
+    for i in range(TABLE_SIZE):
+        index = first + i
+        spte = vm.spt[index]
+        if spte == ZERO:
+            continue
+        if alike:  # most entries say what they said: what is left of building the leaf again is that A and D are lost
+            gpte = load(vm.mem.words, start + i)
+            access = granted & access_of(gpte ^ GPTE64.NX)
+            access = access & ~ACC.W if gpte & GPTE64.D == ZERO else access
+            same = vm.shadowed[index] == (gpte & GPTE64.ADDR) | access and gpte & (wanted | reserved) == wanted
+            if same and is_present(spte) and (is_writable(spte) or access & ACC.W == ZERO):
+                vm.spt[index] = spte & ~(accessed | dirty)
+                flushes |= spte & (accessed | dirty) != ZERO
+                continue
+        flushes |= sync_leaf(vm, vcpu, index)
     return flushes
 
 
-@inner(inline=True)
+@inner
 def sync_leaf(vm, vcpu, index):
     """One leaf of them."""
     gpte, old = read_gpte(vm, index), vm.spt[index]

@@ -134,7 +134,7 @@ class Machine:
 
         mmu = MmuState(rows(len(Reg)), rows(16), np.zeros((count, 16), np.uint8), rows(16, len(PlainColumn)))
         own, stat = rows(VCPU_WORDS), np.zeros((count, len(Counter)), np.int64)
-        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets + 1, ways, 2), stat)
+        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets + 1, ways + 1, 2), stat)
         self.state.tlb[:, -1, 0, 0] = 1  # the first epoch
         self.state.own[:, VcpuWord.NUMBER] = np.arange(count)
         mmu.reg[:, Reg.GENERATION] = self.kvm.generation

@@ -113,8 +113,9 @@ class VmWord(IntEnum):
     FREE_DESC = 66  # first of the descriptors that were freed, 0 for none
     FRESH_DESC = 67  # first that was never used
     ZAPPED = 68  # first of the shadow pages that are to be freed, 0 for none
-    VECTOR_LENGTH = 69  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
-    VECTOR_TABLE = 70  # the pages,
+    UNASKED = 69  # leaves that became writable without KVM asking whether a guest's table lies there (see leaf.py)
+    VECTOR_LENGTH = 70  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
+    VECTOR_TABLE = 71  # the pages,
     VECTOR_INDEX = VECTOR_TABLE + 16  # and which entry of the page above points to each;
     STACK_TABLE = VECTOR_INDEX + 16  # by level, the page that the walk is in,
     STACK_INDEX = STACK_TABLE + 6  # the entry that it looks at next,
@@ -322,7 +323,7 @@ class VcpuState(NamedTuple):
     mmu: MmuState
     trail: np.ndarray  # uint64[TRAIL_LENGTH]
     own: np.ndarray  # uint64[VCPU_WORDS]
-    tlb: np.ndarray  # uint64[sets + 1, ways, 2], see tlb.py
+    tlb: np.ndarray  # uint64[sets + 1, ways + 1, 2], see tlb.py
     stat: np.ndarray  # int64[len(Counter)]: a gauge that one vCPU raises another may lower
 
 

@@ -171,6 +171,9 @@ def add_leaf(vm, stat, slot, index, gfn, access, level):
     remember(vm, index, gfn, access)
     count_leaf(stat, level, 1)
     at = rmap_index(slot, gfn, level)
+    if vm.slot_words[at] == ZERO:  # nearly always
+        vm.slot_words[at] = index
+        return
     head, had = add(vm, vm.slot_words[at], index)
     vm.slot_words[at] = head
     if had > stat[Counter.MAX_MMU_RMAP_SIZE]:

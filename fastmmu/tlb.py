@@ -1,9 +1,9 @@
 """The translation look-aside buffer of a vCPU: what the processor remembers between flushes.
 
-`tlb` is uint64[sets + 1, ways, 2]: 4 KiB translations, the set chosen by the low bits of the page number, each set ordered from the
-newest to the oldest entry, which is the one that goes. No paging-structure caches. First word: page number of the gva, and the
-epoch in which it was made; an entry of another epoch than today's, which stands in the last row, is none, so that a flush need
-only begin another one. Second word: frame, rights (ACC bits), the protection key where a gpte has it, and the bits below.
+`tlb` is uint64[sets + 1, ways + 1, 2]: 4 KiB translations, the set chosen by the low bits of the page number; each set is filled in
+turn, and behind its entries stands which is next. No paging-structure caches. First word: page number of the gva, and the epoch in
+which it was made; an entry of another epoch than today's, which stands in the last row, is none, so that a flush need only begin
+another one. Second word: frame, rights (ACC bits), the protection key where a gpte has it, and the bits below.
 """
 
 from __future__ import annotations
@@ -38,15 +38,6 @@ def tag_of(tlb, page):
     return page | (tlb[tlb.shape[0] - 1, 0, 0] << EPOCH_SHIFT)
 
 
-@inner
-def remove(tlb, index, way):
-    """Forget one entry; the older ones of its set move up."""
-    last = tlb.shape[1] - 1
-    for i in range(way, last):
-        tlb[index, i, 0], tlb[index, i, 1] = tlb[index, i + 1, 0], tlb[index, i + 1, 1]
-    tlb[index, last, 0] = ZERO
-
-
 @inner(inline=True)
 def lookup(tlb, mmu, gva, access):
     """The second word of the entry that serves `access` to `gva`, or 0.
@@ -56,7 +47,7 @@ def lookup(tlb, mmu, gva, access):
     page = gva >> PAGE_SHIFT
     index, tag = set_of(tlb, page), tag_of(tlb, page)
     way = np.int64(-1)
-    for i in range(tlb.shape[1]):  # to the end: a loop that leaves where it hits is a branch that no processor foresees
+    for i in range(tlb.shape[1] - 1):  # to the end: a loop that leaves where it hits is a branch that no processor foresees
         way = i if tlb[index, i, 0] == tag else way
     if way < 0:
         return ZERO
@@ -66,24 +57,24 @@ def lookup(tlb, mmu, gva, access):
     if mmu.reg[Reg.PKRU] | mmu.reg[Reg.PKRS] != ZERO:
         denied = denied or key_fault(mmu, entry, entry & ACC.ALL, access)
     if entry & needed != needed or denied:
-        remove(tlb, index, way)
+        tlb[index, way, 0] = ZERO
         return ZERO
     return entry
 
 
 @inner(inline=True)
 def insert(tlb, gva, gpa, rights, level, dirty, execute):
-    """Remember a translation, as the newest of its set; `rights` are ACC bits and the protection key."""
+    """Remember a translation in place of the oldest of its set; `rights` are ACC bits and the protection key."""
     page = gva >> PAGE_SHIFT
-    index = set_of(tlb, page)
-    for i in range(tlb.shape[1] - 1, 0, -1):
-        tlb[index, i, 0], tlb[index, i, 1] = tlb[index, i - 1, 0], tlb[index, i - 1, 1]
+    index, ways = set_of(tlb, page), np.uint64(tlb.shape[1] - 1)
+    way = tlb[index, ways, 0]
+    tlb[index, ways, 0] = way + ONE if way + ONE != ways else ZERO
     entry = (gpa & GPTE64.ADDR) | rights | (level << LEVEL_SHIFT)
     if dirty:
         entry |= DIRTY
     if execute:
         entry |= EXECUTE
-    tlb[index, 0, 0], tlb[index, 0, 1] = tag_of(tlb, page), entry
+    tlb[index, way, 0], tlb[index, way, 1] = tag_of(tlb, page), entry
 
 
 @inner
@@ -103,10 +94,9 @@ def invalidate(tlb, gva):
     page = gva >> PAGE_SHIFT
     epoch = tag_of(tlb, ZERO)
     for index in range(tlb.shape[0] - 1):
-        for back in range(tlb.shape[1]):
-            way = tlb.shape[1] - 1 - back
+        for way in range(tlb.shape[1] - 1):
             tag, level = tlb[index, way, 0], (tlb[index, way, 1] & LEVEL) >> LEVEL_SHIFT
             if tag & ~PAGE_NUMBER == epoch and level != ZERO:
                 shift = INDEX_BITS * (level - ONE)
                 if (tag & PAGE_NUMBER) >> shift == page >> shift:
-                    remove(tlb, index, way)
+                    tlb[index, way, 0] = ZERO

@@ -135,11 +135,27 @@ class Builder:
     # --- host steps
 
     def slot(
-        self, number: int, gpa: int, size: int, flags: tuple[str, ...] = (), *, host: str = "4K", offset: int = 0, fresh: bool = False
+        self,
+        number: int,
+        gpa: int,
+        size: int,
+        flags: tuple[str, ...] = (),
+        *,
+        host: str = "4K",
+        offset: int = 0,
+        fresh: bool = False,
     ) -> None:
         """Create a memslot. With `fresh` the host writes zeros where ops of these scenarios may have written before."""
         backing = {"page": host, "hva_minus_gpa_mod_2m": hex(offset % MIB2), "hva_minus_gpa_mod_1g": hex(offset % GIB)}
-        step = {"do": "slot", "change": "create", "slot": number, "gpa": hex(gpa), "size": hex(size), "flags": list(flags), "host": backing}
+        step = {
+            "do": "slot",
+            "change": "create",
+            "slot": number,
+            "gpa": hex(gpa),
+            "size": hex(size),
+            "flags": list(flags),
+            "host": backing,
+        }
         self.steps.append(step)
         self.slots[number] = {"gpa": gpa, "size": size, "flags": tuple(flags)}
         if fresh:
@@ -150,7 +166,14 @@ class Builder:
         """Change the flags of a memslot."""
         slot = self.slots[number]
         slot["flags"] = flags
-        step = {"do": "slot", "change": "flags", "slot": number, "gpa": hex(slot["gpa"]), "size": hex(slot["size"]), "flags": list(flags)}
+        step = {
+            "do": "slot",
+            "change": "flags",
+            "slot": number,
+            "gpa": hex(slot["gpa"]),
+            "size": hex(slot["size"]),
+            "flags": list(flags),
+        }
         self.steps.append(step)
 
     def log(self, number: int, on: bool) -> None:
@@ -208,7 +231,9 @@ class Builder:
         written = []
         for name, *rest in ops:
             numbers = [hex(value) for value in (rest[:2] if name.startswith("LOOP") else rest)]
-            written.append([name, *numbers, *(rest[2:] if name.startswith("LOOP") else [])] + [None] * (name in ("R8", "R4", "CMPX")))
+            written.append(
+                [name, *numbers, *(rest[2:] if name.startswith("LOOP") else [])] + [None] * (name in ("R8", "R4", "CMPX"))
+            )
         regs = {"rip": 0x4000 if self.paging else 0x4175, "rsp": 0x6800 if vcpu else 0x8000}
         if self.paging:
             regs["commands"] = 0x22000 if vcpu else 0x20000
@@ -415,7 +440,9 @@ def devices(kind: str, **config: bool) -> Document:
     b.guest(("CR3", other), ("R8", d), ("CR3", root), ("R8", d), ("CR3", other), ("W8", d, 1), ("CR3", root), ("R8", d))
     b.guest(("R8", d + 2 * PAGE), ("W8", d + 2 * PAGE, 1), ("R8", d + 2 * PAGE - 4), ("R8", b.at(7 * PAGE + 0xFFC)))
     b.slot(2, DEVICE_GPA, 4 * PAGE, fresh=True)
-    b.guest(("R8", d), ("W8", d + 8, 0x77), ("R8", d + PAGE), ("R8", d + 3 * PAGE + 0xFFC), ("W8", d + 3 * PAGE + 0xFFC, 1 << 60 | 9))
+    b.guest(
+        ("R8", d), ("W8", d + 8, 0x77), ("R8", d + PAGE), ("R8", d + 3 * PAGE + 0xFFC), ("W8", d + 3 * PAGE + 0xFFC, 1 << 60 | 9)
+    )
     b.read(DEVICE_GPA + 8)
     b.delete(2)
     b.guest(("R8", d), ("R8", d + 8), ("R8", d + PAGE), ("CMPX", d + 3 * PAGE + 8, 1, 0))
@@ -487,8 +514,25 @@ def table_edits(kind: str) -> Document:
     b.guest(("R8", d + 8), ("W8", leaf, DATA_GPA + 600 * PAGE | ENTRY), ("R8", d + 8), ("INVLPG", d), ("R8", d + 8))
     b.guest(*[("W8", leaf + 8 * i, DATA_GPA + (610 + i) * PAGE | ENTRY) for i in range(1, 12)], ("LOOPR", d + 8, PAGE, 12))
     b.guest(("CR3", b.tables.root), *[("R8", d + 8 + i * PAGE) for i in range(12)])
-    b.guest(("W8", upper, second), ("R8", d + 8), ("INVLPG", d), ("R8", d + 8), ("W8", upper, first), ("CR3", b.tables.root), ("R8", d + 8))
-    b.guest(("W4", leaf + 4, 0x80000000), ("EXEC", d), ("R8", d), ("W4", leaf + 4, 0), ("EXEC", d), ("W8", leaf, 0), ("EXEC", d), ("R8", d))
+    b.guest(
+        ("W8", upper, second),
+        ("R8", d + 8),
+        ("INVLPG", d),
+        ("R8", d + 8),
+        ("W8", upper, first),
+        ("CR3", b.tables.root),
+        ("R8", d + 8),
+    )
+    b.guest(
+        ("W4", leaf + 4, 0x80000000),
+        ("EXEC", d),
+        ("R8", d),
+        ("W4", leaf + 4, 0),
+        ("EXEC", d),
+        ("W8", leaf, 0),
+        ("EXEC", d),
+        ("R8", d),
+    )
     b.guest(("CMPX", leaf, DATA_GPA | 0x07, 0), ("CMPX", leaf, 1, 2), ("R8", d + 8), ("W8", d + 8, 4), ("R8", leaf))
     b.memory([run(leaf, 3, DATA_GPA | 0x07, step=PAGE)])
     b.log(0, True)
@@ -814,7 +858,10 @@ def missing_log() -> Document:
 
 
 DIFFERENT: dict[str, tuple[Callable[[], Document], str]] = {
-    "exchange_writes": (lambda: exchanged(0x65), "reference: the read goes to the device before the write faults (compare_exchange)"),
+    "exchange_writes": (
+        lambda: exchanged(0x65),
+        "reference: the read goes to the device before the write faults (compare_exchange)",
+    ),
     "tables_in_rom": (lambda: tables_in((READONLY,)), "compiled emulates as KVM does, the reference says NotBuilt"),
     "tables_in_device": (lambda: tables_in(None), "compiled emulates as KVM does, the reference says NotBuilt"),
 }
@@ -927,7 +974,11 @@ class Chance:
             else:
                 self.make_slot(number)
         elif choice < 0.88:
-            b.param(*rng.choice((("nx_huge_pages", "force"), ("nx_huge_pages", "off"), ("eager_page_split", "N"), ("eager_page_split", "Y"))))
+            b.param(
+                *rng.choice(
+                    (("nx_huge_pages", "force"), ("nx_huge_pages", "off"), ("eager_page_split", "N"), ("eager_page_split", "Y"))
+                )
+            )
         elif choice < 0.91:
             b.limit(rng.choice((64, 66, 80, 200)))
         elif choice < 0.95:
@@ -962,8 +1013,12 @@ class Chance:
             at = b.tables.entry(DEVICE + rng.randrange(EDITED) * PAGE)
         else:
             at = b.tables.entry(DATA + rng.randrange(EDITED) * PAGE)
-        gpa = rng.choice((DEVICE_GPA + rng.randrange(20) * PAGE, DATA_GPA + rng.randrange(self.lead + self.pages + 4) * PAGE, 0x700000))
-        return at, rng.choice((0, gpa | ENTRY, gpa | ENTRY, gpa | 0x27, gpa | 0x07, gpa | 0x05, gpa | 0x65 | NX, gpa | 0x07 | RESERVED))
+        gpa = rng.choice(
+            (DEVICE_GPA + rng.randrange(20) * PAGE, DATA_GPA + rng.randrange(self.lead + self.pages + 4) * PAGE, 0x700000)
+        )
+        return at, rng.choice(
+            (0, gpa | ENTRY, gpa | ENTRY, gpa | 0x27, gpa | 0x07, gpa | 0x05, gpa | 0x65 | NX, gpa | 0x07 | RESERVED)
+        )
 
     def place(self, *, crossing: bool = True) -> int:
         """An address to access."""

@@ -166,15 +166,21 @@ class Machine:
         if access & PFERR_F or fault.code & GUEST_PAGE:
             raise NotBuilt("code or page tables outside writable memory")
         self.decode(vcpu)
+        reads = []
         if vcpu.shadowing and operand == EXCHANGE:
-            for address, _ in parts:
+            for address, length in parts:
                 try:
-                    self.locate(vcpu, address, access & ~PFERR_W, fault)
+                    gpa, device = self.locate(vcpu, address, access & ~PFERR_W, fault)
+                    reads.append((gpa, length, device))
                 except GuestFault as denied:
                     raise GuestFault(denied.code | PFERR_W, denied.address) from None
         pieces, done = [], 0
         for address, length in parts:
-            gpa, device = self.locate(vcpu, address, access, fault)
+            try:
+                gpa, device = self.locate(vcpu, address, access, fault, locked=operand == EXCHANGE and len(parts) == 1)
+            except GuestFault as denied:
+                denied.reads = reads
+                raise
             if access & PFERR_W and not device:
                 self.memory.mark_dirty(gpa // PAGE)
                 if operand is None and self.mmu.tracked(gpa // PAGE):
@@ -186,11 +192,19 @@ class Machine:
             done += length
         if any(device for _, _, device in pieces):
             self.counters["mmio_exits"] += 1
-        return Outcome(pieces, emulated=True, stored=isinstance(operand, int) and not self.npt)
+        stored = isinstance(operand, int) and not self.npt
+        return Outcome(pieces, emulated=True, stored=stored, reads=reads)
 
-    def locate(self, vcpu: Vcpu, address: int, access: int, fault: NestedFault) -> tuple[int, bool]:
-        """The gpa of an operand, and whether it is a device's: the emulator walks unless it knows (facts 4.3)."""
+    def locate(self, vcpu: Vcpu, address: int, access: int, fault: NestedFault, locked: bool = False) -> tuple[int, bool]:
+        """The gpa of an operand, and whether it is a device's: the emulator walks unless it knows (facts 4.3).
+
+        The store of a locked exchange walks first, and goes to memory if that is what the tables say.
+        """
         if vcpu.shadowing:
+            if locked:
+                gpa = self.mmu.walk(vcpu, address, access).gpa
+                if self.memory.kind(gpa) == "ram":
+                    return gpa, False
             info = vcpu.device if vcpu.device is not None and vcpu.device.generation == self.generation else None
             if info is not None and info.page and info.page == address // PAGE:
                 if not vcpu.walker.denied(bool(info.access & ACC_U), bool(info.access & ACC_W), True, access):

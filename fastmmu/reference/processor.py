@@ -58,6 +58,7 @@ class GuestFault(Exception):
     def __init__(self, code: int, address: int = 0) -> None:
         super().__init__(f"{code:#x} {address:#x}")
         self.code, self.address = code, address
+        self.reads: list[tuple[int, int, bool]] = []  # pieces that an emulated exchange has read when its store faults
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Outcome:
     address: int = 0
     emulated: bool = False  # by KVM
     stored: bool = False  # what goes to memory is there
+    reads: list[tuple[int, int, bool]] = field(default_factory=list)  # of an emulated exchange: what it reads first
 
 
 @dataclass
@@ -259,7 +261,7 @@ class Vcpu:
                     if self.machine.page_fault(self, fault.address, fault.code):
                         return self.machine.emulate(self, parts, access, fault, operand)
                 except GuestFault as injected:
-                    return Outcome(pferr=injected.code, address=injected.address)
+                    return Outcome(pferr=injected.code, address=injected.address, reads=injected.reads)
         raise RuntimeError(f"access to {gva:#x} never ends: {self.faults[-1]}")
 
     def translate(self, gva: int, access: int) -> int:

@@ -198,8 +198,13 @@ class GuestRun:
 
     def compare_exchange(self, gva: int, new: int, old: int) -> int:
         """A locked cmpxchg; it always writes. KVM emulates it on a device as a read and then a write."""
-        outcome = self.touch(WRITE, gva, 8, operand=EXCHANGE)
-        no_slot = [(gpa, size, self.machine.memory.kind(gpa) is None) for gpa, size, _ in outcome.pieces]
+        outcome = self.vcpu.access(gva, WRITE | self.user, 8, EXCHANGE)
+        if outcome.pferr is not None:
+            if any(device for _, _, device in outcome.reads):  # user space answered the read before the store faulted
+                self.machine.counters["mmio_exits"] += 1
+                self.read_pieces(Outcome(outcome.reads))
+            raise PageFault(outcome.pferr, outcome.address)
+        no_slot = outcome.reads or [(gpa, size, self.machine.memory.kind(gpa) is None) for gpa, size, _ in outcome.pieces]
         if any(device for _, _, device in no_slot):
             self.machine.counters["mmio_exits"] += 1
         found = self.read_pieces(Outcome(no_slot))
