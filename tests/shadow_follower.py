@@ -196,9 +196,9 @@ class Follower:
         events = [at for at, pcid, one in vcpu.invalidated if pcid == vcpu.pcid and one >> shift == gva >> shift]
         return max([vcpu.flushed, vcpu.flushed_pcid.get(vcpu.pcid, NEVER), *events])
 
-    def changed(self, gva: int, level: int) -> bool:
+    def changed(self, gva: int) -> bool:
         """Whether a word that the last walk read was stored to since the last flush that covers the page, or another root has its PCID."""
-        vcpu, since = self.vcpu, self.covered(gva, level)
+        vcpu, since = self.vcpu, self.covered(gva, 1)  # what was here may have been no large page
         for at, gpa, _ in reversed(self.journal):
             if at <= since:
                 break

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
-from shadow_follower import Follower
+from shadow_follower import Follower, lanes
 from stream_guests import CODE, PAGE, WRITE
 from stream_judge import ALL, Judge, Possible, Wrong, fault_at, text
 from stream_plans import Plan, Slot
@@ -252,22 +252,24 @@ class ShadowJudge(Judge):
         """Those whose stores, and no others, are in the machine's memory: which pages were stored to does not show in the log."""
         places = {(gpa, size) for one in options for gpa, size, data in one.writes if size and data >= 0}
         found = {place: self.peek(*place) for place in places}
-        agreeing = []
-        for one in options:
-            then: dict[int, int] = {}
-            for gpa, size, data in one.writes:
-                if size and data >= 0:
-                    then.update(self.follower.overlay(gpa, size, data, then))
-            if all(
-                not (seen ^ self.follower.read(gpa, size, then)) & ~self.accessed_bits(gpa, size)
-                for (gpa, size), seen in found.items()
-            ):
-                agreeing.append(one)
-        return agreeing
+        return [one for one in options if all(self.agrees(one, *place, seen) for place, seen in found.items())]
 
-    def accessed_bits(self, gpa: int, size: int) -> int:
-        """A and D, wherever an entry may begin in these bytes."""
-        return sum(0x60 << 8 * i for i in range(size) if (gpa + i) % 4 == 0)
+    def agrees(self, one: Possible, gpa: int, size: int, found: int) -> bool:
+        """Whether these bytes of memory are what they would be."""
+        then: dict[int, int] = {}
+        stored: dict[int, int] = {}
+        later: dict[int, int] = dict.fromkeys(self.fixed, A)
+        for at, length, data in one.writes:
+            if length and data >= 0:
+                then.update(self.follower.overlay(at, length, data, then))
+                for word, lane, _ in lanes(at, length, data):
+                    stored[word] = stored.get(word, 0) | lane
+        for word, bits in one.later:
+            later[word] = later.get(word, 0) | bits
+        new, after = self.bits(stored, gpa, size), self.bits(later, gpa, size)
+        must, may = (self.bits(bits, gpa, size) & ~new for bits in (self.must, self.may))
+        least = self.follower.read(gpa, size, then) | must
+        return found & least == least and not found & ~(least | may | after)
 
     def note_may(self, gva: int, access: int, size: int) -> tuple[list[tuple[int, int]], dict[int, int]]:
         """A and D that an access may set: those that are set for certain if it succeeds, and what may have been set before."""
@@ -280,7 +282,7 @@ class ShadowJudge(Judge):
                 if not walk.ok:
                     continue
                 bits = self.follower.view.set_bits
-                if wanted == access and not self.follower.changed(address, walk.level):
+                if wanted == access and not self.follower.changed(address):
                     certain += bits
                 for gpa, mask in bits:
                     before.setdefault(gpa, self.may.get(gpa, 0))
