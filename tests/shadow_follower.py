@@ -8,12 +8,12 @@ flush of the current one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stream_guests import READONLY
 from stream_plans import Slot, slot_of
 
-from fastmmu.bits import CR0, CR4
+from fastmmu.bits import CR0, CR4, EFER
 from fastmmu.paging import Cpu, Mode
 from fastmmu.reference.walk import GeneralProtection, Memory, Translation, Walker
 
@@ -217,12 +217,22 @@ class Follower:
                 end = vcpu.loads[number + 1][0] if number + 1 < len(vcpu.loads) else FOREVER
                 spans.setdefault(cr3, []).append((at, end))
         found: dict[int, Translation] = {}
-        for cr3, moments in spans.items():
-            for walk, start, end in self.history(cr3, gva, access):
-                since = max(start, self.covered(gva, walk.level)) if walk.ok else FOREVER
-                if any(max(since, first) < min(end, last) for first, last in moments):
-                    found.setdefault(walk.gpa, walk)
+        cpu = vcpu.cpu
+        for other in self.seen_as(cpu):
+            vcpu.cpu = other
+            for cr3, moments in spans.items():
+                for walk, start, end in self.history(cr3, gva, access):
+                    since = max(start, self.covered(gva, walk.level)) if walk.ok else FOREVER
+                    if any(max(since, first) < min(end, last) for first, last in moments):
+                        found.setdefault(walk.gpa, walk)
+        vcpu.cpu = cpu
         return list(found.values())
+
+    @staticmethod
+    def seen_as(cpu: Cpu) -> list[Cpu]:
+        """Registers that shadow pages may have been made under: KVM shares them between guests with and without EFER.NX, so that an
+        entry with NX, which is reserved without, may be there already (facts 1.8)."""
+        return [cpu] if cpu.efer & int(EFER.NX) or cpu.mode == Mode.TWO_LEVEL else [cpu, replace(cpu, efer=cpu.efer | int(EFER.NX))]
 
     def history(self, cr3: int, gva: int, access: int) -> Iterator[tuple[Translation, int, int]]:
         """What walks gave, newest first, and from when to when."""

@@ -313,6 +313,7 @@ def world_entry(rng: np.random.Generator, kind: Kind, guest: Worlds, world: Worl
 def world_registers(rng: np.random.Generator, kind: Kind, guest: Worlds) -> list[Cpu]:
     """Rows of registers: each mode in turn, with WP, SMEP, SMAP, PSE, AC, NX; paging off where the kind has it."""
     rows = []
+    large = chance(rng, 0.8)  # shadow pages do not tell a guest with CR4.PSE from one without: it never changes
     for number in range(4 * len(kind.modes) + 4):
         mode = kind.modes[number % len(kind.modes)]
         off = kind.also_off and number % 4 == 3
@@ -320,7 +321,7 @@ def world_registers(rng: np.random.Generator, kind: Kind, guest: Worlds) -> list
         cr4 = sum(int(flag) for flag in (CR4.SMEP, CR4.SMAP) if not plain and chance(rng, 0.3))
         cr4 |= int(CR4.PAE) if mode != Mode.TWO_LEVEL else 0
         cr4 |= int(CR4.LA57) if mode == Mode.LONG5 else 0
-        cr4 |= int(CR4.PSE) if plain or chance(rng, 0.8 if mode == Mode.TWO_LEVEL else 0.3) else 0
+        cr4 |= int(CR4.PSE) if large else 0
         cr4 |= int(CR4.PCIDE) if kind.pcids and (plain or chance(rng, 0.85)) else 0
         root = one_of(rng, guest.worlds[mode].roots)
         rows.append(

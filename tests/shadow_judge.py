@@ -13,13 +13,14 @@ from itertools import product
 
 import numpy as np
 from shadow_follower import Follower, lanes
-from stream_guests import CODE, PAGE, WRITE
+from stream_guests import CODE, PAGE, USER, WRITE
 from stream_judge import ALL, Judge, Possible, Wrong, fault_at, text
 from stream_plans import Plan, Slot
 
+from fastmmu.bits import CR0
 from fastmmu.events import Op
 from fastmmu.machine_state import LogKind
-from fastmmu.reference.walk import A, Translation
+from fastmmu.reference.walk import A, D, Translation
 
 GENERAL_PROTECTION = 6  # the LogKind of that name
 ACCESSES = (Op.ACCESS, Op.DEVICE, Op.LOAD, Op.WRITE, Op.EXCHANGE)
@@ -283,11 +284,17 @@ class ShadowJudge(Judge):
                     continue
                 bits = self.follower.view.set_bits
                 if wanted == access and not self.follower.changed(address):
-                    certain += bits
+                    certain += [(gpa, mask & ~self.unsure(walk, access)) for gpa, mask in bits]
                 for gpa, mask in bits:
                     before.setdefault(gpa, self.may.get(gpa, 0))
                     self.may[gpa] = self.may.get(gpa, 0) | mask
         return certain, before
+
+    def unsure(self, walk: Translation, access: int) -> int:
+        """Bits that need not be set: D by the kernel's write to a device under WP=0, for which the MMIO info cache needs no right to
+        write and no walk (facts 4.3.1)."""
+        kernel = not access & USER and not self.vcpu.cpu.cr0 & int(CR0.WP)
+        return D | D << 32 if kernel and access & WRITE and self.follower.is_device(walk.gpa, False) else 0
 
     # --- what is looked at between runs
 

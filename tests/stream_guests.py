@@ -65,7 +65,7 @@ def kinds() -> dict[str, Kind]:
     artefacts = {"tlb_flushed_on_exit": True, "accessed_while_walking": True, "reserved_without_present": True}
     four, five, pae, two = (
         {"modes": (Mode.LONG4,)},
-        {"modes": (Mode.LONG5,), **wide},
+        {"modes": (Mode.LONG5,)},
         {"modes": (Mode.PAE,)},
         {"modes": (Mode.TWO_LEVEL,)},
     )
@@ -114,7 +114,7 @@ def kinds() -> dict[str, Kind]:
         "shadow-4-tlb": Kind(Kvm(**shadow, tlb=(1, 1)), **four),
         "shadow-4-initially": Kind(Kvm(**shadow, **initially), **four),
         "shadow-modes": Kind(Kvm(**shadow), **every, vcpus=3),
-        "shadow-modes-5": Kind(Kvm(**shadow, tlb=(4, 2)), modes=(Mode.LONG5, Mode.LONG4, Mode.PAE), also_off=True, maxphyaddr=52),
+        "shadow-modes-5": Kind(Kvm(**shadow, tlb=(4, 2)), modes=(Mode.LONG5, Mode.LONG4, Mode.PAE), also_off=True),
     }
 
 
