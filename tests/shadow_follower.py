@@ -222,7 +222,12 @@ class Follower:
             vcpu.cpu = other
             for cr3, moments in spans.items():
                 for walk, start, end in self.history(cr3, gva, access):
-                    since = max(start, self.covered(gva, walk.level)) if walk.ok else FOREVER
+                    if not walk.ok:
+                        continue
+                    level = (
+                        1 if self.is_device(walk.gpa, False) else walk.level
+                    )  # the MMIO info cache knows no large pages (facts 4.5)
+                    since = max(start, self.covered(gva, level))
                     if any(max(since, first) < min(end, last) for first, last in moments):
                         found.setdefault(walk.gpa, walk)
         vcpu.cpu = cpu

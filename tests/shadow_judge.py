@@ -91,6 +91,10 @@ class ShadowJudge(Judge):
             for read, walks in product(product(*reading), product(*final)):
                 if all(walk.ok for walk in read):
                     yield from self.outcome(op, pages, read, walks, writes, value, compared, emulated=True)
+            for read in product(*reading):  # a page that it may not even read faults as one that it would write
+                failed = next((i for i, walk in enumerate(read) if not walk.ok), 0)
+                if failed and self.follower.is_device(read[0].gpa, False):
+                    yield fault_at(pages[failed][0], read[failed].pferr | WRITE)
 
     def page_by_page(
         self, op: int, pages: list[Part], final: list[list[Translation]], access: int, value: int, compared: int
