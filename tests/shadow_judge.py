@@ -15,7 +15,7 @@ import numpy as np
 from shadow_follower import Follower, lanes
 from stream_guests import CODE, PAGE, USER, WRITE
 from stream_judge import ALL, Judge, Possible, Wrong, fault_at, text
-from stream_plans import Plan, Slot
+from stream_plans import Plan, Slot, slot_of
 
 from fastmmu.bits import CR0
 from fastmmu.events import Op
@@ -45,6 +45,7 @@ class ShadowJudge(Judge):
         self.vcpus, self.vcpu = self.follower.vcpus, self.follower.vcpus[0]
         self.seen: set[int] = set()  # words that were compared with the machine's memory since they changed
         self.at = 0
+        self.came_late: set[int] = set()  # memslots that were created when the guest had run
 
     # --- memory
 
@@ -194,6 +195,8 @@ class ShadowJudge(Judge):
             raise Wrong(f"expected no log rows, found {text(found)}")
         if op not in (Op.CR3, Op.FLUSH, Op.INVLPG, Op.MODE, Op.REGISTERS, Op.SLOT_DELETE):
             super().event(at, row, compared, found)
+            if op == Op.SLOT_CREATE and len(self.totals) > 1:
+                self.came_late.add(self.plan.prepared[value]["slot"])
             return
         self.totals[Op(op).name] += 1
         if op == Op.FLUSH:
@@ -246,7 +249,9 @@ class ShadowJudge(Judge):
             elif data >= 0:
                 self.totals["bytes of tables written"] += length if gpa < CODE else 0
                 self.write(gpa, length, data)
-            else:  # an exchange that failed stores what it saw
+            else:  # an exchange that failed stores what it saw: maybe over bits that its own walk had set since
+                for word, lane, _ in lanes(gpa, length, 0):
+                    self.must[word] = self.must.get(word, 0) & ~lane
                 self.note(gpa)
         for gpa, bits in best.later:
             self.may[gpa] = self.may.get(gpa, 0) | bits
@@ -296,9 +301,10 @@ class ShadowJudge(Judge):
 
     def unsure(self, walk: Translation, access: int) -> int:
         """Bits that need not be set: D by the kernel's write to a device under WP=0, for which the MMIO info cache needs no right to
-        write and no walk (facts 4.3.1)."""
+        write and no walk (facts 4.3.1). An MMIO spte may outlive its memslot's creation: what syncs it makes it current (facts 5.12.4)."""
+        slot = slot_of(self.slots, walk.gpa)
         kernel = not access & USER and not self.vcpu.cpu.cr0 & int(CR0.WP)
-        return D | D << 32 if kernel and access & WRITE and self.follower.is_device(walk.gpa, False) else 0
+        return D | D << 32 if kernel and access & WRITE and (slot is None or slot.identity in self.came_late) else 0
 
     # --- what is looked at between runs
 

@@ -37,6 +37,7 @@ class ShadowGenerator(Generator):
         self.fixed = set(self.guest.fixed)
         self.vcpu = 0
         self.recent: list[int] = []
+        self.late: set[int] = set()  # memslots that were created when the guest had run: MMIO sptes may have outlived that
 
     def first_words(self) -> dict[int, int]:
         """Memory at the start; data are left out, which are no tables but by accident."""
@@ -402,6 +403,8 @@ class ShadowGenerator(Generator):
         one = self.prepared[row]
         self.slots[one["slot"]] = Slot(one["slot"], one["gpa"], one["gpa"] + one["size"], one["flags"])
         self.add(Op.SLOT_CREATE, value=row)
+        if len(self.rows) > len(self.prepared):
+            self.late.add(one["slot"])
 
     def slot(self) -> None:
         rng = self.rng
