@@ -45,6 +45,7 @@ class ShadowJudge(Judge):
         self.vcpus, self.vcpu = self.follower.vcpus, self.follower.vcpus[0]
         self.seen: set[int] = set()  # words that were compared with the machine's memory since they changed
         self.at = 0
+        self.remembered = False
         self.came_late: set[int] = set()  # memslots that were created when the guest had run
 
     # --- memory
@@ -78,7 +79,21 @@ class ShadowJudge(Judge):
             found += [walk for walk in self.follower.older(gva, access) if not (found[0].ok and walk.gpa == found[0].gpa)]
         return found
 
-    def outcomes(self, op: int, gva: int, access: int, size: int, value: int, compared: int, *, stale: bool) -> Iterator[Possible]:
+    def outcomes(self, *arguments: int, stale: bool) -> Iterator[Possible]:
+        """All outcomes, by today's tables alone first; then those where KVM remembers a device though a memslot has come."""
+        yield from self.outcomes_of(*arguments, stale=stale)
+        if stale and self.came_late:
+            self.remembered = True
+            yield from self.outcomes_of(*arguments, stale=stale)
+            self.remembered = False
+
+    def is_device(self, gpa: int, write: bool) -> bool:
+        slot = slot_of(self.slots, gpa)
+        return self.follower.is_device(gpa, write) or (self.remembered and slot is not None and slot.identity in self.came_late)
+
+    def outcomes_of(
+        self, op: int, gva: int, access: int, size: int, value: int, compared: int, *, stale: bool
+    ) -> Iterator[Possible]:
         part = min(size, PAGE - gva % PAGE)
         pages: list[Part] = [(gva, part, 0)] + ([(gva + part, size - part, part)] if part < size else [])
         writes = bool(access & WRITE)
@@ -123,7 +138,7 @@ class ShadowJudge(Judge):
         emulated: bool = False,
     ) -> Iterator[Possible]:
         """What follows from these translations of the pages: for reading, and for writing or what else is done last."""
-        device = self.follower.is_device
+        device = self.is_device
         emulated = emulated or any(walk.ok and device(walk.gpa, writes) for walk in walks)
         reads = op in (Op.LOAD, Op.EXCHANGE) or (op in (Op.ACCESS, Op.DEVICE) and emulated and not writes)
         log, supply, seen, mask = [], list(self.supply), 0, 0

@@ -9,7 +9,7 @@ import numpy as np
 from shadow_follower import NO_FLUSH, Follower
 from shadow_guests import LONG, ROM_TABLES, SPARE, World, WorldBuilder, rom_tables_slot, world_entry, world_registers, world_rights
 from stream_guests import CODE, FETCH, PAGE, TABLES_SLOT, USER, WRITE, Kind, chance, data_frame, one_of
-from stream_plans import WEIGHTS, Generator, Slot
+from stream_plans import WEIGHTS, Generator, Slot, slot_of
 
 from fastmmu.bits import CR0, CR4
 from fastmmu.events import Op
@@ -97,10 +97,10 @@ class ShadowGenerator(Generator):
             walk = follower.now(gva, access)
             if self.cpu.cr0 & int(CR0.PG) and any(not self.is_table(gpa) for gpa in follower.view.seen):
                 return False
-            if any(
-                follower.is_device(gpa, False) for gpa in [walk.gpa] * walk.ok + [one.gpa for one in follower.older(gva, access)]
-            ):
-                return False
+            for gpa in [walk.gpa] * walk.ok + [one.gpa for one in follower.older(gva, access)]:
+                slot = slot_of(self.slots, gpa)
+                if slot is None or slot.identity in self.late:
+                    return False
         return True
 
     def write(self) -> None:
