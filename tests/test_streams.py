@@ -99,8 +99,8 @@ def test_the_judge_refuses_what_ignores(what: str) -> None:
 def test_streams_of_shadow_paging_use_it_all() -> None:
     """Each thing that the kinds are for happens in their first streams."""
     totals: Counter[str] = Counter()
-    for number in range(4):
-        for name in STAND_INS:
+    for number in range(20):  # bad PDPTEs are rare
+        for name in STAND_INS if number < 3 else ("shadow-pae",):
             stream = plan(name, number, 2000)
             totals += run(stream, step=100, machine=StandIn(stream, tlb=True, pagewise=True))
     for what in (
