@@ -6,8 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from shadow_standin import StandIn
 from sizes import sized
-from streams import KEYS, KINDS, plan, run
+from stream_guests import KEYS, KINDS
+from streams import plan, run
 
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, PFERR
 from fastmmu.events import EVENT, EventList, Op
@@ -19,6 +21,7 @@ from fastmmu.paging import Cpu
 WRITE, USER, FETCH, PK = int(PFERR.W), int(PFERR.U), int(PFERR.F), int(PFERR.PK)
 P, W, U, A, D = (int(getattr(GPTE64, name)) for name in ("P", "W", "U", "A", "D"))
 STREAMS, EVENTS = sized(4, 3), sized(2000, 200)
+STAND_IN_STREAMS = 4
 OFF = Cpu(cr0=int(CR0.PE), cr3=0, cr4=0, efer=0)
 PAGING = Cpu(
     cr0=int(CR0.PE | CR0.PG | CR0.WP), cr3=0x1000, cr4=int(CR4.PAE | CR4.PKE), efer=int(EFER.LME | EFER.LMA | EFER.NX), pkru=0b1000
@@ -51,6 +54,62 @@ def test_streams_are_judged_alike_in_any_pieces() -> None:
     counts = [run(stream, step=step) for step in (1, 7, 100)]
     for name in ("faults", "device accesses", "pf_taken", "tlb_hits", "pages that had to be dirty"):
         assert len({one[name] for one in counts}) == 1
+
+
+STAND_INS = ("shadow-4", "shadow-5", "shadow-pae", "shadow-2", "shadow-4-pcid", "shadow-modes")
+RIGHT = {
+    "no cache": {},
+    "a TLB": {"tlb": True},
+    "a TLB, and stores page by page": {"tlb": True, "pagewise": True},
+}
+WRONG = {
+    "INVLPG": {"tlb": True, "forgets": "CR3 FLUSH MODE"},
+    "flushes": {"tlb": True, "forgets": "CR3 INVLPG MODE"},
+    "CR3": {"tlb": True, "forgets": "INVLPG FLUSH MODE"},
+    "registers": {"tlb": True, "forgets": "CR3 INVLPG FLUSH"},
+    "PCIDs": {"tlb": True, "pcids": False},
+    "old faults": {"tlb": True, "faults": True},
+    "A and D": {"accessed": False},
+}
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("how", RIGHT)
+def test_the_judge_accepts_what_is_right(name: str, how: str, seed: int) -> None:
+    totals: Counter[str] = Counter()
+    for number in range(STAND_IN_STREAMS):
+        stream = plan(name, (seed + number) % 2**32, 2000)
+        totals += run(stream, step=100, machine=StandIn(stream, **RIGHT[how]))
+    assert totals["faults"] and totals["device accesses"] and totals["bytes of tables written"]
+    assert bool(totals["answered by older tables"]) == ("tlb" in RIGHT[how])
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_the_judge_refuses_what_ignores(what: str) -> None:
+    refused = 0
+    for number in range(6):
+        stream = plan("shadow-4-pcid", number, 2000)
+        try:
+            run(stream, step=100, machine=StandIn(stream, **WRONG[what]))
+        except AssertionError:
+            refused += 1
+    assert refused
+
+
+def test_streams_of_shadow_paging_use_it_all() -> None:
+    """Each thing that the kinds are for happens in their first streams."""
+    totals: Counter[str] = Counter()
+    for number in range(20):  # bad PDPTEs are rare
+        for name in STAND_INS if number < 3 else ("shadow-pae",):
+            stream = plan(name, number, 2000)
+            totals += run(stream, step=100, machine=StandIn(stream, tlb=True, pagewise=True))
+    for what in (
+        "answered by older tables",
+        "general protection",
+        "stored to the first page, then faulted",
+        "pages that had to be dirty",
+    ):
+        assert totals[what], what
 
 
 @pytest.mark.parametrize("flushes", [1, 2, 4093, 4094, 4095, 4096, 4097, 8190])
