@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu.audit_state import State, fail, must, spte_list
-from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ROLE
-from fastmmu.machine_state import HASH_BUCKETS, TABLE_WORDS, VmWord
+from fastmmu.bits import ACC, CR4, GPTE64, NPT_SPTE, ROLE
+from fastmmu.machine_state import HASH_BUCKETS, TABLE_WORDS, SlotFlag, VcpuWord, VmWord
 
 
 def check_shadow_pages(state: State) -> None:
@@ -161,6 +161,8 @@ def check_entries(state: State, at: int) -> None:
     gptes = guest_entries(state, page)
     granted = rights(gptes) & ((role & ROLE.ACCESS) >> np.uint64(8))
     large = (gptes & GPTE64.PS != 0) & (level > 1)
+    if role & ROLE.FOUR_BYTE_GPTE:
+        large &= bool((state.machine.state.own[:, VcpuWord.CR4] & CR4.PSE).any())
     frame = (gptes & GPTE64.ADDR) >> np.uint64(12)
     if role & ROLE.FOUR_BYTE_GPTE and level == 2:
         frame = np.where(large, (gptes >> np.uint64(22) << np.uint64(10)) | (gptes & np.uint64(0x1E000)) << np.uint64(7), frame)
@@ -168,7 +170,9 @@ def check_entries(state: State, at: int) -> None:
     elif level > 1:
         frame = np.where(large, frame & ~np.uint64((1 << 9 * (level - 1)) - 1), frame)
     used = spte != 0
-    accessed = GPTE64.P | GPTE64.A
+    slot = state.slot_of(page["gfn"][None])[0]
+    readonly = slot >= 0 and state.slots[slot]["flags"] & np.uint64(SlotFlag.READONLY)
+    accessed = GPTE64.P | (np.uint64(0) if readonly else GPTE64.A)  # in read-only memory A cannot be set
     must((gptes & accessed == accessed)[used], "spte where the guest's entry is not present or never accessed", index[used])
     leaf, table, mmio = state.leaf[at], state.table[at], used & ~state.present[at]
     must(state.gfn[at][leaf] == frame[leaf], "leaf maps another frame than the guest's entry, spte", index[leaf])

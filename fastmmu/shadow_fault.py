@@ -13,7 +13,7 @@ from fastmmu.bits import ACC, CR0, CR4, GPTE64, ONE, PAGE_SHIFT, PFERR, ROLE, ZE
 from fastmmu.hardware import PAE_LEVEL, root_for
 from fastmmu.leaf import prefetch_neighbours, set_leaf
 from fastmmu.machine_state import Counter, Outcome, VcpuWord, VmWord
-from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, max_mapping_level, note_write, slot_by_gfn
+from fastmmu.memslot import logs_dirty, mark_dirty, max_mapping_level, note_write, slot_by_gfn
 from fastmmu.pool import NO, NO_TABLE, NONE, YES, count, flush_remote
 from fastmmu.rmap import ACCESS_SHIFT, drop_parent
 from fastmmu.shadow import child_role, get_shadow_page, link, role_of
@@ -21,7 +21,7 @@ from fastmmu.spte import entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.state import NO_SLOT, Reg
 from fastmmu.sync import invalidate_current, sync_children
 from fastmmu.tlb import invalidate
-from fastmmu.walk import ALL_ONES, access_of, mode_of, read_entry, table_index, walk_exact
+from fastmmu.walk import ALL_ONES, WRITTEN, access_of, mode_of, read_entry, table_index, walk_exact
 
 # --- the guest's tables ----------------------------------------------------------------------------------------------------
 
@@ -44,15 +44,12 @@ def walk_for_kvm(vm, vcpu, gva, access):
     table, level = top_table(vcpu, mode, gva), mode.levels
     while True:
         gpte = vcpu.trail[level]
-        wanted = GPTE64.A
-        if level == walk.level and access & PFERR.W != ZERO:
-            wanted |= GPTE64.D
-        if gpte & wanted != wanted:
+        if vcpu.trail[WRITTEN] & (ONE << level) != ZERO:
+            write_leaf = level == walk.level and access & PFERR.W != ZERO
+            vcpu.trail[level] = gpte | GPTE64.A | (GPTE64.D if write_leaf else ZERO)
             number = slot_by_gfn(vm, vcpu, table >> PAGE_SHIFT)
-            if number != NO_SLOT and not is_readonly(vm.mem.slots[number]):
-                vcpu.trail[level] = gpte | wanted
-                mark_dirty(vm, vm.mem.slots[number], table >> PAGE_SHIFT)
-                note_write(vm, vcpu, table)
+            mark_dirty(vm, vm.mem.slots[number], table >> PAGE_SHIFT)
+            note_write(vm, vcpu, table)
         if level == walk.level:
             return walk
         table = gpte & mode.root

@@ -31,6 +31,7 @@ MODE_NONE, MODE_TWO_LEVEL, MODE_PAE, MODE_LONG4, MODE_LONG5 = (np.uint64(mode) f
 PDPTE_LEVEL, PDPTE_SHIFT, PDPTE_INDEX = np.uint64(3), np.uint64(30), np.uint64(3)
 PSE36_SHIFT = np.uint64(32 - 13)
 LARGE_TO_ROW = np.uint64(7 - 3)
+WRITTEN = 0  # of a trail: levels begin at 1
 
 
 @kernel
@@ -94,8 +95,9 @@ def page_gpa(mode, gpte, gva, level):
 def update_accessed_dirty(mem, trail, mode, table, gva, leaf_level, write):
     """Set A from the top level (whose table is at `table`) down to the leaf, and D in the leaf of a write (facts 1.6).
 
-    Each entry is exchanged only if it still holds what the walk read (`trail`); entries in ROM stay as they are. Returns False
-    when one had changed meanwhile: the walk must start again. May race with other walks and with any writer of the tables.
+    Each entry is exchanged only if it still holds what the walk read (`trail`); entries in ROM stay as they are. Which levels were
+    written is added to `trail[WRITTEN]`, a bit each. Returns False when one had changed meanwhile: the walk must start again. May
+    race with other walks and with any writer of the tables.
     """
     level = mode.levels
     while True:
@@ -106,6 +108,7 @@ def update_accessed_dirty(mem, trail, mode, table, gva, leaf_level, write):
         if wanted != gpte and mem.slots[find_slot(mem.slots, table)]["kind"] != ROM:
             if not exchange_entry(mem, mode, table, table_index(gva, level, mode.index_bits), gpte, wanted):
                 return False
+            trail[WRITTEN] |= ONE << level
         if level == leaf_level:
             return True
         table = gpte & mode.root
@@ -132,7 +135,8 @@ def walk_exact(mem, mmu, trail, gva, access):
     Args:
         mem: MemoryState; every table address is looked up in its slots before it is read.
         mmu: MmuState.
-        trail: uint64[TRAIL_LENGTH], scratch for the entries read; None for a walk that only looks: it leaves A and D alone.
+        trail: uint64[TRAIL_LENGTH], for the entries read, by level, and the levels written (WRITTEN); None for a walk that only
+            looks: it leaves A and D alone.
         gva: uint64, canonical.
         access: uint64, PFERR.W, U, F, IMPLICIT.
     """
@@ -146,6 +150,8 @@ def walk_exact(mem, mmu, trail, gva, access):
             return fault(mmu, PDPTE_LEVEL, access, ZERO)
         root = pdpte & mode.root
     write = access & PFERR.W != ZERO
+    if trail is not None:
+        trail[WRITTEN] = ZERO
     while True:  # again when an entry changed between reading it and setting its A or D (facts 1.1, W17)
         table = root
         level = mode.levels
