@@ -329,6 +329,7 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
     for i in range(first, len(events)):
         row = events[i]
         op, address, value = row["op"], row["address"], row["value"]
+        missed = False
         if op <= DEVICE:
             fetched = i if row["access"] & F != NO else fetched
             if not tells_all and not is_asked(vm, vcpu):
@@ -339,6 +340,7 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                     note_fetch(vcpu, events, fetched)
                     stop(vm, Stop.DIFFERS, touched.gpa, ZERO)
                     return i
+                missed = True
         note_fetch(vcpu, events, fetched)
         fetched = NOT_FETCHED
         if op <= STORE or op in (LOAD, WRITE, EXCHANGE):
@@ -361,7 +363,7 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                 if not two_dimensional and op <= DEVICE and is_own_store(row, events[i + 1]):
                     known, stored = True, compared >> ((value & (WORD_BYTES - ONE)) << BYTE_BITS)
             gva, size, access = access_of_row(op, row)
-            touched, second = access_bytes(vm, vcpu, log, i, gva, size, access)
+            touched, second = access_bytes(vm, vcpu, log, i, gva, size, access, missed)
             touched = finish(vm, vcpu, log, supply, i, row, compared, known, stored, touched, second)
             if op == STORE:
                 if touched.status == Status.STOP:

@@ -22,7 +22,9 @@ from fastmmu.shadow_fault import (
     guest_rights,
     inject,
     map_direct,
+    map_leaf,
     mapping_limit,
+    settled,
     walk_for_kvm,
 )
 from fastmmu.spte import (
@@ -225,42 +227,40 @@ def is_tracked_write(vm, number, gfn, pferr):
 
 @inner(inline=True)
 def handle_direct(vm, vcpu, address, pferr):
-    """A fault of a direct map that is not answered by what KVM remembers of devices (facts 5.4a, 5.4b)."""
+    """A fault of a direct map that is not answered by what KVM remembers of devices: its Mapping (facts 5.4a, 5.4b)."""
     gfn = address >> PAGE_SHIFT
     number = slot_by_gfn(vm, vcpu, gfn)
     if is_tracked_write(vm, number, gfn, pferr):
-        return Outcome.EMULATE
+        return settled(Outcome.EMULATE)
     outcome = fast_fault(vm, vcpu, number, gfn, pferr)
     if outcome != Outcome.INVALID:
-        return outcome
+        return settled(outcome)
     gva = ZERO if vm.word[VmWord.TDP] != ZERO else address
     if without_memory(vm, vcpu, number, gva, gfn, ACC.ALL, pferr) == Outcome.EMULATE:
-        return Outcome.EMULATE
+        return settled(Outcome.EMULATE)
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        return map_tdp(vm, vcpu, number, gfn, pferr & PFERR.F != ZERO)
-    if is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
-        return Outcome.NO_PAGES
-    return map_direct(vm, vcpu, number, gfn, pferr)
+        return settled(map_tdp(vm, vcpu, number, gfn, pferr & PFERR.F != ZERO))
+    return map_direct(vm, vcpu, number, gfn)
 
 
 @inner(inline=True)
 def handle_indirect(vm, vcpu, gva, pferr):
-    """A fault under shadow paging: the guest's own tables decide (facts 5.4c)."""
+    """A fault under shadow paging: the guest's own tables decide (facts 5.4c). Its Mapping, as far as they do."""
     walk = walk_for_kvm(vm, vcpu, gva, pferr & (PFERR.W | PFERR.U | PFERR.F))
     if not walk.ok:
-        return inject(vm, vcpu, gva, walk.pferr)
+        return settled(inject(vm, vcpu, gva, walk.pferr))
     gfn = walk.gpa >> PAGE_SHIFT
     number = slot_by_gfn(vm, vcpu, gfn)
     if is_tracked_write(vm, number, gfn, pferr):
         clear_floods(vm, vcpu, gva)
-        return Outcome.EMULATE
+        return settled(Outcome.EMULATE)
     limit = mapping_limit(vm, vcpu, gva, walk, pferr)
     if without_memory(vm, vcpu, number, gva, gfn, walk.access, pferr) == Outcome.EMULATE:
-        return Outcome.EMULATE
+        return settled(Outcome.EMULATE)
     access = guest_rights(vcpu, walk, number, pferr)
     if is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
-        return Outcome.NO_PAGES
-    return fetch(vm, vcpu, number, gva, walk, access, limit, pferr)
+        return settled(Outcome.NO_PAGES)
+    return fetch(vm, vcpu, number, gva, walk, access, limit)
 
 
 @inner(inline=True)
@@ -272,7 +272,12 @@ def page_fault(vm, vcpu, address, pferr):
             return outcome
     count(vcpu.stat, Counter.PF_TAKEN)
     shadowed = is_shadow_paging(vm, vcpu)
-    outcome = handle_indirect(vm, vcpu, address, pferr) if shadowed else handle_direct(vm, vcpu, address, pferr)
+    mapping = handle_indirect(vm, vcpu, address, pferr) if shadowed else handle_direct(vm, vcpu, address, pferr)
+    outcome = mapping.outcome
+    if outcome == Outcome.INVALID:
+        if not shadowed and is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
+            return Outcome.NO_PAGES
+        outcome = map_leaf(vm, vcpu, mapping, pferr)
     if outcome == Outcome.FIXED:
         count(vcpu.stat, Counter.PF_FIXED)
     elif outcome == Outcome.EMULATE:

@@ -10,7 +10,7 @@ import numpy as np
 from fastmmu._jit import inner
 from fastmmu.bits import ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
 from fastmmu.fault import page_fault
-from fastmmu.hardware import ADDRESS_32, access_gpa, leave, translate_page
+from fastmmu.hardware import ADDRESS_32, access_gpa, leave, translate_page, walk_and_insert
 from fastmmu.machine_state import Counter, LogKind, Outcome, Status, Stop, Touch, VcpuWord, VmWord
 from fastmmu.memslot import is_readonly, mark_dirty, note_write, slot_by_gfn
 from fastmmu.mmio import cached_gpa, match, match_gpa
@@ -52,15 +52,21 @@ def stop_reason(outcome):
 
 
 @inner(inline=True)
-def access_page(vm, vcpu, log, event, gva, access):
+def access_page(vm, vcpu, log, event, gva, access, missed):
     """Do an access within one page, however often it faults: DONE with the gpa, FAULT, EMULATED (to be done) with the gpa that
-    faulted, or STOP. With PFERR.GUEST_FINAL in `access` the address is a gpa: the guest's own tables are not asked."""
+    faulted, or STOP. With PFERR.GUEST_FINAL in `access` the address is a gpa: the guest's own tables are not asked. With `missed` the
+    TLB was asked already."""
     physical = access & PFERR.GUEST_FINAL != ZERO
     target, wanted = gva, access
     for _ in range(ATTEMPTS):
         if is_asked(vm, vcpu) and not enter(vm, vcpu):
             return Touch(Status.STOP, ZERO, ZERO, ZERO)
-        touched = access_gpa(vm, vcpu, gva, access) if physical else translate_page(vm, vcpu, target, wanted)
+        if missed:
+            missed = False
+            count(vcpu.stat, Counter.TLB_MISSES)
+            touched = walk_and_insert(vm, vcpu, target, wanted)
+        else:
+            touched = access_gpa(vm, vcpu, gva, access) if physical else translate_page(vm, vcpu, target, wanted)
         if touched.status == Status.EXIT:
             if vm.word[VmWord.LOG_FAULTS] != ZERO:
                 write_log(vm, log, LogKind.EXIT, 0, event, touched.address, touched.pferr)
@@ -96,12 +102,13 @@ def blocked(vm, pferr):
 
 
 @inner(inline=True)
-def access_bytes(vm, vcpu, log, event, gva, size, access):
+def access_bytes(vm, vcpu, log, event, gva, size, access, missed):
     """An access of `size` bytes, over a page boundary if need be: (Touch of the first page, gpa of the second or 0)."""
     page, first = gva, Touch(Status.DONE, ZERO, ZERO, ZERO)
     end = gva + size - ONE
     while True:
-        touched = access_page(vm, vcpu, log, event, page, access)
+        touched = access_page(vm, vcpu, log, event, page, access, missed)
+        missed = False
         if touched.status != Status.DONE or end >> PAGE_SHIFT == gva >> PAGE_SHIFT:
             return touched, ZERO
         if page != gva:

@@ -11,8 +11,20 @@ from fastmmu._jit import inner, load
 from fastmmu.bits import ACC, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO
 from fastmmu.machine_state import Counter, Outcome, VmWord
 from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
-from fastmmu.pool import NONE, TABLE_SIZE, count, flush_remote
-from fastmmu.rmap import ACCESS_SHIFT, access_of_entry, add_leaf, drop_leaf, drop_parent, gfn_of_entry, is_indirect, loses, remember
+from fastmmu.pool import NONE, TABLE_SIZE, count, count_leaf, flush_remote
+from fastmmu.rmap import (
+    ACCESS_SHIFT,
+    access_of_entry,
+    add_leaf,
+    drop_leaf,
+    drop_parent,
+    enter_rmap,
+    gfn_of_entry,
+    is_indirect,
+    loses,
+    remember,
+    rmap_index,
+)
 from fastmmu.spte import INDEX_BITS, is_mmio, is_present, is_table, is_writable, make_leaf, make_mmio, mmio_gfn, pfn_of
 from fastmmu.state import NO_SLOT, Reg
 from fastmmu.unsync import may_be_shadowed, refuses_write
@@ -146,9 +158,18 @@ def prefetch_run(vm, vcpu, start, end):
     slot = vm.mem.slots[number]
     if is_readonly(slot) or (access & ACC.W != ZERO and logs_dirty(slot)) or gfn + (end - start) > slot["base"] + slot["pages"]:
         return False
+    if may_be_shadowed(vm, slot, gfn):  # the same answer for the whole run, which lies in one 2 MiB frame
+        for index in range(start, end):
+            prefetch_leaf(vm, vcpu, slot, index, gfn, access)
+            gfn += ONE
+        return True
+    word, at = vm.word, rmap_index(slot, gfn, ONE)
     for index in range(start, end):
-        prefetch_leaf(vm, vcpu, slot, index, gfn, access)
+        vm.spt[index] = make_leaf(word, gfn, ONE, access, vm.spt[index], True, True)
+        enter_rmap(vm, vcpu.stat, at, index)
+        at += ONE
         gfn += ONE
+    count_leaf(vcpu.stat, ONE, np.int64(end - start))
     return True
 
 

@@ -298,6 +298,19 @@ class Touch(NamedTuple):
     pferr: np.uint64
 
 
+class Mapping(NamedTuple):
+    """What a fault in shadow pages is to map: nothing unless `outcome` is INVALID, that is, still open."""
+
+    outcome: np.int64
+    number: np.int64  # row of the memslot, or NO_SLOT
+    page: np.uint64  # page number of the address that faulted, by which entries are found
+    table: np.uint64  # shadow page from which to go down to the leaf,
+    level: np.uint64  # and its level
+    gfn: np.uint64
+    access: np.uint64  # what the guest grants
+    limit: np.uint64  # highest level of the leaf
+
+
 class KvmState(NamedTuple):
     """A virtual machine as KVM keeps it, shared by its vCPUs."""
 

@@ -166,11 +166,8 @@ def rmap_index(slot, gfn, level):
 
 
 @inner(inline=True)
-def add_leaf(vm, stat, slot, index, gfn, access, level):
-    """Account for a new leaf of `gfn`, and enter it in the reverse map."""
-    remember(vm, index, gfn, access)
-    count_leaf(stat, level, 1)
-    at = rmap_index(slot, gfn, level)
+def enter_rmap(vm, stat, at, index):
+    """Add the leaf at `index` to the list in word `at` of `slot_words`; a list that gets too long is zapped."""
     if vm.slot_words[at] == ZERO:  # nearly always
         vm.slot_words[at] = index
         return
@@ -181,6 +178,14 @@ def add_leaf(vm, stat, slot, index, gfn, access, level):
     if had > LONGEST:
         drop_leaves(vm, stat, at)
         flush_remote(vm.word, stat)
+
+
+@inner(inline=True)
+def add_leaf(vm, stat, slot, index, gfn, access, level):
+    """Account for a new leaf of `gfn`, and enter it in the reverse map."""
+    remember(vm, index, gfn, access)
+    count_leaf(stat, level, 1)
+    enter_rmap(vm, stat, rmap_index(slot, gfn, level), index)
 
 
 @inner

@@ -12,7 +12,7 @@ from fastmmu._jit import inner
 from fastmmu.bits import ACC, CR0, CR4, GPTE64, ONE, PAGE_SHIFT, PFERR, ROLE, ZERO
 from fastmmu.hardware import PAE_LEVEL, root_for
 from fastmmu.leaf import prefetch_neighbours, set_leaf
-from fastmmu.machine_state import Counter, Outcome, VcpuWord, VmWord
+from fastmmu.machine_state import Counter, Mapping, Outcome, VcpuWord, VmWord
 from fastmmu.memslot import logs_dirty, mark_dirty, max_mapping_level, note_write, slot_by_gfn
 from fastmmu.pool import NO, NO_TABLE, NONE, YES, count, flush_remote
 from fastmmu.rmap import ACCESS_SHIFT, drop_parent
@@ -22,6 +22,9 @@ from fastmmu.state import NO_SLOT, Reg
 from fastmmu.sync import invalidate_current, sync_children
 from fastmmu.tlb import invalidate
 from fastmmu.walk import ALL_ONES, WRITTEN, access_of, mode_of, read_entry, table_index, walk_exact
+
+OPEN = Outcome.INVALID
+
 
 # --- the guest's tables ----------------------------------------------------------------------------------------------------
 
@@ -125,12 +128,16 @@ def count_nx_split(vm, stat, table):
         count(stat, Counter.NX_LPAGE_SPLITS)
 
 
-@inner
-def map_leaf(vm, vcpu, number, page, table, level, gfn, access, limit, pferr):
-    """From `table` of `level` down to the goal level, by direct pages, and the leaf there: an `Outcome`.
+@inner(inline=True)
+def settled(outcome):
+    """A fault that needs no mapping."""
+    return Mapping(outcome, NO_SLOT, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO)
 
-    `page` is the page number of the address that faulted, by which entries are found; `access` what its mapping grants.
-    """
+
+@inner(inline=True)
+def map_leaf(vm, vcpu, mapping, pferr):
+    """From the mapping's table down to the goal level, by direct pages, and the leaf there: an `Outcome`."""
+    _, number, page, table, level, gfn, access, limit = mapping
     fetch, write = pferr & PFERR.F != ZERO, pferr & PFERR.W != ZERO
     goal, requested, disallowed = goal_levels(vm, number, gfn, fetch, limit)
     while True:
@@ -170,20 +177,20 @@ def drop_other_rights(vm, vcpu, index, level, access):
 
 
 @inner(inline=True)
-def map_direct(vm, vcpu, number, gfn, pferr):
-    """Map `gfn` in direct shadow pages (facts 5.4a). Without two-dimensional paging they end at 2 MiB."""
+def map_direct(vm, vcpu, number, gfn):
+    """The Mapping of `gfn` in direct shadow pages (facts 5.4a). Without two-dimensional paging they end at 2 MiB."""
     table, level = root_for(vm, vcpu, gfn)
     limit = vm.word[VmWord.MAX_LEVEL] if vm.word[VmWord.TDP] != ZERO else PAE_LEVEL
-    return map_leaf(vm, vcpu, number, gfn, table, level, gfn, ACC.ALL, limit, pferr)
+    return Mapping(OPEN, number, gfn, table, level, gfn, ACC.ALL, limit)
 
 
 @inner(inline=True)
-def fetch(vm, vcpu, number, gva, walk, access, limit, pferr):
-    """Shadow the way that the walk went, page by page, and map its end: an `Outcome` (facts 5.8)."""
+def fetch(vm, vcpu, number, gva, walk, access, limit):
+    """Shadow the way that the walk went, page by page: the Mapping of its end (facts 5.8)."""
     mode, page = mode_of(vcpu.mmu), gva >> PAGE_SHIFT
     guest_table = top_table(vcpu, mode, gva)
     if has_changed(vm, vcpu, mode, guest_table, gva, mode.levels):
-        return Outcome.RETRY
+        return settled(Outcome.RETRY)
     table, level = root_for(vm, vcpu, page)
     rights = ALL_ONES
     while level > walk.level:
@@ -199,16 +206,16 @@ def fetch(vm, vcpu, number, gva, walk, access, limit, pferr):
             role = child_role(role_of(vm, index), index, access_of(rights), False)
             child = get_shadow_page(vm, vcpu, guest_table >> PAGE_SHIFT, role)
             if child == NO_TABLE:
-                return Outcome.NO_TABLES
+                return settled(Outcome.NO_TABLES)
             if vm.page[child]["unsync_children"] != NONE:
                 sync_children(vm, vcpu, child)
         if has_changed(vm, vcpu, mode, guest_table, gva, level - ONE):
-            return Outcome.RETRY
+            return settled(Outcome.RETRY)
         if not linked:
             link(vm, vcpu.stat, index, child)
         table = child
         level -= ONE
-    return map_leaf(vm, vcpu, number, page, table, level, walk.gpa >> PAGE_SHIFT, access, limit, pferr)
+    return Mapping(OPEN, number, page, table, level, walk.gpa >> PAGE_SHIFT, access, limit)
 
 
 # --- the fault -------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def make_table(word, table):
     return NPT_SPTE.MMU_PRESENT | rights | word[VmWord.AD_TYPE] | word[VmWord.ACCESSED] | (table << PAGE_SHIFT)
 
 
-@inner
+@inner(inline=True)
 def make_leaf(word, pfn, level, access, old, host_writable, prefetch):
     """Leaf spte, in the order of facts 3.3; `old` is the entry that it replaces.
 
