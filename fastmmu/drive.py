@@ -18,7 +18,7 @@ from fastmmu.guest import (
     write_log,
     write_memory,
 )
-from fastmmu.hardware import leave, walk_plainly
+from fastmmu.hardware import leave, not_plain, walk_plainly
 from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, LogKind, Status, Stop, Touch, VcpuState, VcpuWord, VmWord
 from fastmmu.memslot import note_write, slot_by_id
 from fastmmu.pool import NO_TABLE, count
@@ -329,7 +329,7 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
     for i in range(first, len(events)):
         row = events[i]
         op, address, value = row["op"], row["address"], row["value"]
-        missed = False
+        missed, touched = False, not_plain()
         if op <= DEVICE:
             fetched = i if row["access"] & F != NO else fetched
             if not tells_all and not is_asked(vm, vcpu):
@@ -363,7 +363,7 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                 if not two_dimensional and op <= DEVICE and is_own_store(row, events[i + 1]):
                     known, stored = True, compared >> ((value & (WORD_BYTES - ONE)) << BYTE_BITS)
             gva, size, access = access_of_row(op, row)
-            touched, second = access_bytes(vm, vcpu, log, i, gva, size, access, missed)
+            touched, second = access_bytes(vm, vcpu, log, i, gva, size, access, missed, touched)
             touched = finish(vm, vcpu, log, supply, i, row, compared, known, stored, touched, second)
             if op == STORE:
                 if touched.status == Status.STOP:

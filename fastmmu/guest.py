@@ -52,10 +52,10 @@ def stop_reason(outcome):
 
 
 @inner(inline=True)
-def access_page(vm, vcpu, log, event, gva, access, missed):
+def access_page(vm, vcpu, log, event, gva, access, missed, tried):
     """Do an access within one page, however often it faults: DONE with the gpa, FAULT, EMULATED (to be done) with the gpa that
-    faulted, or STOP. With PFERR.GUEST_FINAL in `access` the address is a gpa: the guest's own tables are not asked. With `missed` the
-    TLB was asked already."""
+    faulted, or STOP. With PFERR.GUEST_FINAL in `access` the address is a gpa: the guest's own tables are not asked. With `missed`
+    the TLB was asked already, and a plain walk `tried`."""
     physical = access & PFERR.GUEST_FINAL != ZERO
     target, wanted = gva, access
     for _ in range(ATTEMPTS):
@@ -64,7 +64,7 @@ def access_page(vm, vcpu, log, event, gva, access, missed):
         if missed:
             missed = False
             count(vcpu.stat, Counter.TLB_MISSES)
-            touched = walk_and_insert(vm, vcpu, target, wanted)
+            touched = tried if tried.status == Status.EXIT else walk_and_insert(vm, vcpu, target, wanted)
         else:
             touched = access_gpa(vm, vcpu, gva, access) if physical else translate_page(vm, vcpu, target, wanted)
         if touched.status == Status.EXIT:
@@ -102,12 +102,12 @@ def blocked(vm, pferr):
 
 
 @inner(inline=True)
-def access_bytes(vm, vcpu, log, event, gva, size, access, missed):
+def access_bytes(vm, vcpu, log, event, gva, size, access, missed, tried):
     """An access of `size` bytes, over a page boundary if need be: (Touch of the first page, gpa of the second or 0)."""
     page, first = gva, Touch(Status.DONE, ZERO, ZERO, ZERO)
     end = gva + size - ONE
     while True:
-        touched = access_page(vm, vcpu, log, event, page, access, missed)
+        touched = access_page(vm, vcpu, log, event, page, access, missed, tried)
         missed = False
         if touched.status != Status.DONE or end >> PAGE_SHIFT == gva >> PAGE_SHIFT:
             return touched, ZERO

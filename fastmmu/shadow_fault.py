@@ -134,7 +134,7 @@ def settled(outcome):
     return Mapping(outcome, NO_SLOT, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO)
 
 
-@inner(inline=True)
+@inner
 def map_leaf(vm, vcpu, mapping, pferr):
     """From the mapping's table down to the goal level, by direct pages, and the leaf there: an `Outcome`."""
     _, number, page, table, level, gfn, access, limit = mapping
