@@ -209,19 +209,27 @@ def walk_shadow(vm, vcpu, gva, access):
 
 @inner(inline=True)
 def walk_shadow_plainly(vm, vcpu, gva, access):
-    """The plain case of it: nothing denied, A and D set."""
+    """The plain case of it: nothing denied."""
     page, word = gva >> PAGE_SHIFT, vm.word
     table, level = root_for(vm, vcpu, page)
     if table == NO_TABLE:
         return not_plain()
-    spte = load(vm.spt, entry_of(table, page, level))
+    index = entry_of(table, page, level)
+    spte = load(vm.spt, index)
     while spte & POINTER_MASK == NPT_SPTE.MMU_PRESENT and level > ONE:
         level -= ONE
-        spte = load(vm.spt, entry_of(pfn_of(spte), page, level))
+        index = entry_of(pfn_of(spte), page, level)
+        spte = load(vm.spt, index)
     kind = ((access & PFERR.W) >> ONE) | ((access & PFERR.F) >> FETCH_SHIFT)
     needed, forbidden = word[np.uint64(VmWord.USE_READ) + kind], word[np.uint64(VmWord.NOT_READ) + kind]
-    if spte & (needed | forbidden) != needed or permission_fault(vcpu.mmu, rights_of(word, spte), access):
+    missing = needed & ~spte
+    if missing & ~(word[VmWord.ACCESSED] | word[VmWord.DIRTY]) | spte & forbidden != ZERO:
         return not_plain()
+    if permission_fault(vcpu.mmu, rights_of(word, spte), access):
+        return not_plain()
+    if missing != ZERO:  # A or D: what was mapped without being asked for has neither
+        fetch_or(vm.spt, index, missing)
+        spte |= missing
     return Touch(Status.DONE, remember_leaf(vm, vcpu, gva, spte, level), ZERO, ZERO)
 
 

@@ -120,7 +120,7 @@ class Machine:
         word[VmWord.STOP_WHEN_FULL] = 1
         word[VmWord.MAX_PAGES] = 64
         mem = MemoryState(self.memory.words, self.memory.state.halves, np.zeros(1, MEMSLOT), np.int64(0), np.uint64(0))
-        spt, shadowed = (np.frombuffer(reserve(tables * PAGE_SIZE), np.uint64) for _ in range(2))
+        spt, shadowed = (np.frombuffer(reserve(tables * PAGE_SIZE, huge=True), np.uint64) for _ in range(2))
         desc = np.frombuffer(reserve(tables * TABLE_WORDS * int(DESC_WORDS) * 8), np.uint64)
         slot_words = np.frombuffer(reserve(SLOT_WORDS * 8), np.uint64)
         self.slot_words_used = 0

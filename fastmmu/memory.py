@@ -18,16 +18,19 @@ MAP_NORESERVE = 0x4000  # Linux x86-64; the mmap module of Python 3.11 has no na
 Slot = tuple[int, int, str]
 
 
-def reserve(size: int) -> mmap.mmap:
-    """Reserve `size` bytes of zeros that cost memory only where they are touched.
+def reserve(size: int, *, huge: bool = False) -> mmap.mmap:
+    """Reserve `size` bytes of zeros that cost memory only where they are touched: 4 KiB at a time, or 2 MiB with `huge`.
 
     Raises:
         MemoryError: the system refuses to reserve that much.
     """
     try:
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     except (OSError, OverflowError, ValueError) as error:
         raise MemoryError(f"cannot reserve {size} bytes of guest memory: {error}") from None
+    if huge:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
 
 
 def check_slots(slots: Iterable[Slot], size: int) -> list[Slot]:
