@@ -41,7 +41,7 @@ def top_table(vcpu, mode, gva):
 def walk_for_kvm(vm, vcpu, gva, access):
     """KVM walks the guest's tables (facts 1): the Walk. A and D that it sets are logged, and taken over into the trail."""
     walk = walk_exact(vm.mem, vcpu.mmu, vcpu.trail, gva, access)
-    if not walk.ok:
+    if not walk.ok or vcpu.trail[WRITTEN] == ZERO:
         return walk
     mode = mode_of(vcpu.mmu)
     table, level = top_table(vcpu, mode, gva), mode.levels
