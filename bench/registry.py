@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from bench import access_checks, faults, mmio_cache, mmio_mmu, mmu_cost, replay_cost, walk_speed
+from bench import (
+    access_checks,
+    faults,
+    mmio_cache,
+    mmio_mmu,
+    mmu_cost,
+    replay_cost,
+    shadow_caches,
+    shadow_faults,
+    shadow_memory,
+    walk_speed,
+)
 from bench.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -16,5 +27,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         faults.EXPERIMENT,
         mmu_cost.EXPERIMENT,
         mmio_mmu.EXPERIMENT,
+        shadow_faults.EXPERIMENT,
+        shadow_caches.EXPERIMENT,
+        shadow_memory.EXPERIMENT,
     )
 }
