@@ -1,6 +1,6 @@
-"""The shadow-caches experiment: under shadow paging, what are roots kept, access kept beside the gfn, and the memslot found last worth?
+"""The shadow-caches experiment: what are roots kept, access kept beside the gfn, and the memslot found last worth?
 
-Each is a pair on the whole stream, from the first fault on: without it, and with it.
+Each is a pair under shadow paging, on the whole stream from the first fault on: without it, and with it.
 """
 
 from __future__ import annotations
@@ -89,12 +89,9 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     if not rows:
         return []
     head = ("remembered", "speed-up over off", "ns per record", *SHOWN)
-    note = f"Shadow paging, the whole stream of {records:,} records from the first fault on, 4 KiB host pages, TLB of 256 sets by 4 ways: "
-    return [
-        Table(
-            f"what shadow paging remembers, {trace}", head, rows, note + "; ".join(f"{k}: {v}" for k, v in SWITCHES.items()) + "."
-        )
-    ]
+    meaning = "; ".join(f"{switch}: {text}" for switch, text in SWITCHES.items())
+    note = f"The whole stream of {records:,} records, 4 KiB host pages, TLB of 256 sets by 4 ways. {meaning}."
+    return [Table(f"what shadow paging remembers, {trace}", head, rows, note)]
 
 
 EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, by_default=False)

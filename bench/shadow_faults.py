@@ -1,4 +1,4 @@
-"""The shadow-faults experiment: what does a fault under shadow paging cost, KVM's part of it, against a walk of the guest's tables?"""
+"""The shadow-faults experiment: KVM's part of a fault under shadow paging, against a walk of the guest's tables."""
 
 from __future__ import annotations
 
@@ -96,18 +96,11 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
                 rate = f"{counters['faults'] / counters['pages'] / statistics.median(own) / 1e6:.1f}"
                 shown = (rate, f"{counters['faults']:,}", f"{counters['mmu_cache_miss']:,}")
             rows.append((f"{workload} / {case}", ratio, nanoseconds(own), *shown))
-    head = (
-        "neighbours / fault",
-        "cost over the walk, per page",
-        "ns per page",
-        "million faults per second",
-        "faults",
-        "mmu_cache_miss",
-    )
+    head = ("neighbours / fault", "cost over the walk", "ns per page", "million faults per second", "faults", "mmu_cache_miss")
     note = (
-        "KVM's part of a write fault under shadow paging, from the exit to the entry, one vCPU: 1 GiB mapped by the guest with 4 KiB "
-        "entries, in random order; reverse map and shadowed translation kept. after-unmap: the host unmapped the pages, their shadow "
-        "pages stayed; first-touch: those are made too. The walk is of the guest's tables for the same addresses."
+        "KVM's part of a write fault, from the exit to the entry, one vCPU, for each page that is mapped: 1 GiB mapped by the guest "
+        "with 4 KiB entries, in random order; reverse map and shadowed translation kept. after-unmap: the host unmapped the pages, "
+        "their shadow pages stayed; first-touch: those are made too. The walk is of the guest's tables for the same addresses."
     )
     return [Table("page faults under shadow paging", head, rows, note)] if rows else []
 

@@ -73,8 +73,8 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     if not rows:
         return []
     note = (
-        "Guest with 4-level paging whose memory is mapped by 4 KiB entries, all of it touched: bytes for each page, by what holds them. "
-        "A reverse-map entry of one spte is one word; a page mapped more than once has a descriptor of 128 bytes. Bitmaps cost "
+        "Guest with 4-level paging whose memory is mapped by 4 KiB entries, all of it touched: bytes for each page, by what holds "
+        "them. A reverse-map entry of one spte is one word; a page mapped more than once has a descriptor of 128 bytes. Bitmaps cost "
         "memory only while a memslot logs."
     )
     return [Table("memory of shadow paging", ("guest", "bytes per page", "pages", *names), rows, note)]
