@@ -98,7 +98,7 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
             rows.append((f"{workload} / {case}", ratio, nanoseconds(own), *shown))
     head = ("neighbours / fault", "cost over the walk", "ns per page", "million faults per second", "faults", "mmu_cache_miss")
     note = (
-        "KVM's part of a write fault, from the exit to the entry, one vCPU, for each page that is mapped: 1 GiB mapped by the guest "
+        "KVM's part of a write fault, from the exit to the entry, for each page that is mapped: 1 GiB mapped by the guest "
         "with 4 KiB entries, in random order; reverse map and shadowed translation kept. after-unmap: the host unmapped the pages, "
         "their shadow pages stayed; first-touch: those are made too. The walk is of the guest's tables for the same addresses."
     )

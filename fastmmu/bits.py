@@ -159,6 +159,8 @@ class Cr0(NamedTuple):
     """Control register 0, the bits that paging looks at."""
 
     PE: np.uint64 = bit(0)
+    MP: np.uint64 = bit(1)
+    TS: np.uint64 = bit(3)
     WP: np.uint64 = bit(16)
     PG: np.uint64 = bit(31)
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from fastmmu import dirty_log, host
 from fastmmu._jit import inner, kernel
+from fastmmu.bits import CR0, CR4, GPTE64, ONE, PAGE_OFFSET, PFERR, WORD_SHIFT, ZERO
 from fastmmu.bits import CR3 as CR3_BITS
-from fastmmu.bits import CR4, GPTE64, ONE, PAGE_OFFSET, PFERR, WORD_SHIFT, ZERO
 from fastmmu.events import Op
 from fastmmu.guest import (
     access_bytes,
@@ -50,6 +50,7 @@ WORD_BYTES, BYTE_BITS = np.uint64(8), np.uint64(3)
 W, F = np.uint8(PFERR.W), np.uint8(PFERR.F)
 NO = np.uint8(0)
 NOT_FETCHED = -1
+CR0_ON, CR0_FREE = CR0.PG | CR0.WP, CR0.TS | CR0.MP
 
 
 @inner
@@ -243,6 +244,14 @@ def copy(target, source):
 
 
 @inner
+def is_unseen(own, cr0, cr4, efer):
+    """Whether KVM does not see CR0 being loaded: with paging and write protection on, a change of TS and MP alone does not exit."""
+    if own[VcpuWord.CR4] != cr4 or own[VcpuWord.EFER] != efer or cr0 & CR0_ON != CR0_ON:
+        return False
+    return (own[VcpuWord.CR0] ^ cr0) & ~CR0_FREE == ZERO
+
+
+@inner
 def set_registers(vm, vcpu, table, row, by_guest):
     """CR0, CR4, EFER and what follows from them, and CR3 where user space sets them all (KVM_SET_SREGS), which unloads the roots if
     any is another."""
@@ -264,7 +273,7 @@ def set_registers(vm, vcpu, table, row, by_guest):
     shadowed = vm.word[VmWord.TDP] == ZERO
     if by_guest:
         flush(vcpu.tlb)
-        if shadowed:
+        if shadowed and not is_unseen(own, table.raw[row, 0], table.raw[row, 1], table.raw[row, 2]):
             leave(vm, vcpu)
             count(vcpu.stat, Counter.INSN_EMULATION)
             change_registers(vm, vcpu, table.raw[row, 0], table.raw[row, 1], table.raw[row, 2])

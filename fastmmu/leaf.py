@@ -65,7 +65,7 @@ def set_leaf(vm, vcpu, number, index, level, gfn, access, write):
         if is_table(old, level):
             drop_parent(vm, pfn_of(old), index)
             flushes = True
-        elif pfn_of(old) != gfn or number == NO_SLOT:  # 6.1 itself forgets to drop it under an MMIO spte
+        elif pfn_of(old) != gfn or number == NO_SLOT:
             drop_leaf(vm, vcpu.stat, index)
             flushes = True
         else:

@@ -100,8 +100,10 @@ def load_root(vm, vcpu):
 def has_tables(vm, vcpu):
     """Whether the guest's top tables lie in memslots: a guest without is shut down."""
     slots = vm.mem.slots
+    if find_slot(slots, vcpu.mmu.reg[Reg.CR3] & mode_of(vcpu.mmu).root) == NO_SLOT:
+        return False
     if vcpu.mmu.reg[Reg.MODE] != MODE_PAE:
-        return find_slot(slots, vcpu.mmu.reg[Reg.CR3] & mode_of(vcpu.mmu).root) != NO_SLOT
+        return True
     for i in range(PAE_ROOTS):
         pdpte = vcpu.mmu.reg[PDPTES + np.uint64(i)]
         if pdpte & GPTE64.P != ZERO and find_slot(slots, pdpte & GPTE64.ADDR) == NO_SLOT:

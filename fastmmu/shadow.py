@@ -179,10 +179,21 @@ def disallow_huge(vm, slot, gfn, by):
 
 
 @inner
+def leads_to(vm, index, level, gfn, role):
+    """Whether the entry at `index` points to the page for (gfn, role). One that is linked already does, unless the host changed the
+    guest's tables without telling KVM."""
+    spte = vm.spt[index]
+    if not is_table(spte, level):
+        return False
+    page = vm.page[pfn_of(spte)]
+    return page["gfn"] == gfn and np.uint64(page["role"]) == role
+
+
+@inner
 def link(vm, stat, index, child):
-    """Make the entry at `index` point to a table; a huge page in its place is dropped."""
+    """Make the entry at `index` point to a table; a huge page or another table in its place is dropped."""
     if is_present(vm.spt[index]):
-        drop_leaf(vm, stat, index)
+        zap_entry(vm, stat, index, np.uint64(vm.page[index >> INDEX_BITS]["level"]))
         flush_remote(vm.word, stat)
     vm.spt[index] = make_table(vm.word, child)
     add_parent(vm, child, index)

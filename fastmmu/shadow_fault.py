@@ -16,7 +16,7 @@ from fastmmu.machine_state import Counter, Mapping, Outcome, VcpuWord, VmWord
 from fastmmu.memslot import logs_dirty, mark_dirty, max_mapping_level, note_write, slot_by_gfn
 from fastmmu.pool import NO, NO_TABLE, NONE, YES, count, flush_remote
 from fastmmu.rmap import ACCESS_SHIFT, drop_parent
-from fastmmu.shadow import child_role, get_shadow_page, link, role_of
+from fastmmu.shadow import child_role, get_shadow_page, leads_to, link, role_of
 from fastmmu.spte import entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.state import NO_SLOT, Reg
 from fastmmu.sync import invalidate_current, sync_children
@@ -148,10 +148,11 @@ def map_leaf(vm, vcpu, mapping, pferr):
         if level == goal:
             break
         drop_other_rights(vm, vcpu, index, level, access)
-        if is_table(vm.spt[index], level):
+        role, first = child_role(role_of(vm, index), index, access, True), frame_at(gfn, level)
+        if leads_to(vm, index, level, first, role):
             table = pfn_of(vm.spt[index])
         else:
-            table = get_shadow_page(vm, vcpu, frame_at(gfn, level), child_role(role_of(vm, index), index, access, True))
+            table = get_shadow_page(vm, vcpu, first, role)
             if table == NO_TABLE:
                 return Outcome.NO_TABLES
             link(vm, vcpu.stat, index, table)
@@ -199,11 +200,11 @@ def fetch(vm, vcpu, number, gva, walk, access, limit):
         gpte = vcpu.trail[level]
         rights &= gpte ^ GPTE64.NX
         guest_table = gpte & mode.root
-        linked = is_table(vm.spt[index], level)
+        role = child_role(role_of(vm, index), index, access_of(rights), False)
+        linked = leads_to(vm, index, level, guest_table >> PAGE_SHIFT, role)
         if linked:
             child = pfn_of(vm.spt[index])
         else:
-            role = child_role(role_of(vm, index), index, access_of(rights), False)
             child = get_shadow_page(vm, vcpu, guest_table >> PAGE_SHIFT, role)
             if child == NO_TABLE:
                 return settled(Outcome.NO_TABLES)

@@ -694,6 +694,28 @@ def host_edits() -> Document:
     return b.document()
 
 
+def host_relinks() -> Document:
+    """The host gives entries above a leaf table another table, other rights, or a large page: what was linked is not what is wanted."""
+    b = Builder(SHADOW)
+    b.map_data(64)
+    upper, root = b.tables.entry(DATA, 2), b.tables.root
+    table = b.tables.words[upper] & ~0xFFF
+    b.slot(1, DATA_GPA, 1024 * PAGE, host="2M")
+    b.warm()
+    b.guest(("LOOPR", DATA, PAGE, 16))
+    b.memory([run(upper, 1, FREE | UPPER), run(FREE, 64, DATA_GPA + 100 * PAGE | ENTRY, step=PAGE)])
+    b.guest(("R8", DATA + 40 * PAGE), ("LOOPR", DATA, PAGE, 20))
+    b.memory([run(upper, 1, FREE | UPPER & ~2)])
+    b.guest(("R8", DATA + 50 * PAGE), ("W8", DATA + 51 * PAGE, 1), (FLUSH, root), ("LOOPR", DATA, PAGE, 20))
+    b.memory([run(upper, 1, DATA_GPA | HUGE)])
+    b.guest(("LOOPR", DATA + 60 * PAGE, PAGE, 8), (FLUSH, root), ("LOOPW", DATA, PAGE, 20))
+    b.memory([run(upper, 1, DATA_GPA + MIB2 | HUGE)])
+    b.guest(("LOOPR", DATA + 100 * PAGE, PAGE, 8), (FLUSH, root), ("LOOPW", DATA, PAGE, 20))
+    b.memory([run(upper, 1, table | UPPER)])
+    b.guest(("LOOPR", DATA + 30 * PAGE, PAGE, 8), (FLUSH, root), ("LOOPW", DATA, PAGE, 20))
+    return b.document()
+
+
 SHADOW_NAMED: dict[str, Callable[[], Document]] = {
     **{f"{make.__name__}-{SHADOW}": lambda make=make: make(SHADOW) for make in (
         scenarios.odd_slot, scenarios.logged_first, scenarios.huge, scenarios.gigabyte, scenarios.initially_set, scenarios.manual,
@@ -720,7 +742,7 @@ SHADOW_NAMED: dict[str, Callable[[], Document]] = {
     **{f"tables_in_huge_pages_{host}": lambda host=host: tables_in_huge_pages(host) for host in ("4K", "2M")},
     "devices_and_memory_uncached": lambda: devices_and_memory(False),
     **{make.__name__: make for make in (
-        odd_writes, role_changes, recursive, many_unsync, recycled_unsync, deleted_unsync, devices_and_memory, long_lists, user_pages, host_edits,
+        odd_writes, role_changes, recursive, many_unsync, recycled_unsync, deleted_unsync, devices_and_memory, long_lists, user_pages, host_edits, host_relinks,
     )},
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ LAYOUTS = {
     "pferr": (PFERR, {"P": 1, "W": 2, "U": 4, "RSVD": 8, "F": 0x10, "PK": 0x20, "GUEST_FINAL": 0x1_0000_0000,
                       "GUEST_PAGE": 0x2_0000_0000, "IMPLICIT": 0x1_0000_0000_0000}),
     "acc": (ACC, {"X": 1, "W": 2, "U": 4, "ALL": 7}),
-    "cr0": (CR0, {"PE": 1, "WP": 0x1_0000, "PG": 0x8000_0000}),
+    "cr0": (CR0, {"PE": 1, "MP": 2, "TS": 8, "WP": 0x1_0000, "PG": 0x8000_0000}),
     "cr3": (CR3, {"PCID": 0xFFF, "NO_FLUSH": 0x8000_0000_0000_0000}),
     "cr4": (CR4, {"PSE": 0x10, "PAE": 0x20, "PGE": 0x80, "LA57": 0x1000, "PCIDE": 0x2_0000, "SMEP": 0x10_0000, "SMAP": 0x20_0000,
                   "PKE": 0x40_0000, "PKS": 0x100_0000}),

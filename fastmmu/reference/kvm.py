@@ -5,6 +5,7 @@ Facts 3 to 9, with the differences of 6.1 that the truth files show. The MMUs ar
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -202,9 +203,10 @@ class Machine:
         """
         if vcpu.shadowing:
             if locked:
-                gpa = self.mmu.walk(vcpu, address, access).gpa
-                if self.memory.kind(gpa) == "ram":
-                    return gpa, False
+                with contextlib.suppress(GuestFault):
+                    gpa = self.mmu.walk(vcpu, address, access).gpa
+                    if self.memory.kind(gpa) == "ram":
+                        return gpa, False
             info = vcpu.device if vcpu.device is not None and vcpu.device.generation == self.generation else None
             if info is not None and info.page and info.page == address // PAGE:
                 if not vcpu.walker.denied(bool(info.access & ACC_U), bool(info.access & ACC_W), True, access):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastmmu.bits import ACC, PFERR
+from fastmmu.bits import ACC, CR0, PFERR
 from fastmmu.paging import Cpu, Mode
 from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Leaf, Table, lowest, span
 from fastmmu.reference.walk import A, D, Memory, Translation, Walker
@@ -194,7 +194,9 @@ class Vcpu:
 
     def write_control(self, **registers: int) -> None:
         """The guest moves to CR0, CR3, CR4 or EFER: no exit with nested paging, an empty TLB."""
-        if not self.machine.npt:
+        on, free = int(CR0.PG | CR0.WP), int(CR0.TS | CR0.MP)  # a change of TS and MP alone is not intercepted while those are on
+        unseen = registers.keys() == {"cr0"} and registers["cr0"] & on == on and not (self.cpu.cr0 ^ registers["cr0"]) & ~free
+        if not self.machine.npt and not unseen:
             self.exit()
             self.machine.write_control(self, **registers)
             return

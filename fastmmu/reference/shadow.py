@@ -88,8 +88,8 @@ class ShadowPaging(ShadowPages):
                 self.put((page, index), None)  # validate_direct_spte: the guest's huge page was clean, or was written with WP=0
                 self.machine.flush()
                 entry = None
-            if not isinstance(entry, Table):
-                first = fault.gfn - fault.gfn % span(page.level)
+            first = fault.gfn - fault.gfn % span(page.level)
+            if not self.leads_to((page, index), first, fault.access, True):
                 child = self.child(vcpu, (page, index), first, fault.access, True)
                 self.link((page, index), child)
                 if disallowed and walk is not None and requested >= page.level and not child.nx_split:
@@ -106,9 +106,8 @@ class ShadowPaging(ShadowPages):
 
     def shadow_table(self, vcpu: Vcpu, place: Place, walk: GuestWalk) -> bool:
         """Link the shadow of the guest's next table; False if the guest's entry is another one now."""
-        page, index = place
-        child, level = None, page.level - 1
-        if not isinstance(page.entries.get(index), Table):
+        child, level = None, place[0].level - 1
+        if not self.leads_to(place, walk.tables[level], walk.granted[level], False):
             child = self.child(vcpu, place, walk.tables[level], walk.granted[level], False)
             if child.unsync_children:
                 self.sync_children(vcpu, child)
@@ -120,19 +119,28 @@ class ShadowPaging(ShadowPages):
 
     def child(self, vcpu: Vcpu, place: Place, gfn: int, access: int, direct: bool) -> ShadowPage:
         """The shadow page to link at an entry (facts 5.11)."""
+        return self.find(vcpu, gfn, self.role_below(place, access, direct))
+
+    def role_below(self, place: Place, access: int, direct: bool) -> Role:
+        """The role of a page that an entry points to."""
         page, index = place
         role = page.role
-        return self.find(vcpu, gfn, Role(
+        return Role(
             page.level - 1, direct, access, index & 1 if role.half else role.quadrant,
             role.half, role.cr0_wp, role.smep_andnot_wp, role.smap_andnot_wp,
-        ))  # fmt: skip
+        )  # fmt: skip
+
+    def leads_to(self, place: Place, gfn: int, access: int, direct: bool) -> bool:
+        """Whether an entry points to the page wanted: not where the host changed the guest's entry, and KVM was not told."""
+        entry = place[0].entries.get(place[1])
+        return isinstance(entry, ShadowPage) and entry.gfn == gfn and entry.role == self.role_below(place, access, direct)
 
     def link(self, place: Place, child: ShadowPage) -> None:
-        """An entry becomes a pointer; a huge page that was there goes."""
+        """An entry becomes a pointer; a huge page or another table that was there goes."""
         page, index = place
-        huge = isinstance(page.entries.get(index), Leaf)
+        present = isinstance(page.entries.get(index), (Leaf, Table))
         self.put(place, child)
-        if huge:
+        if present:
             self.machine.flush()
         if child.unsync or child.unsync_children:
             self.mark_unsync(place)
