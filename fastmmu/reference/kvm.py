@@ -5,12 +5,12 @@ Facts 3 to 9, with the differences of 6.1 that the truth files show. The MMUs ar
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
 from fastmmu.bits import CR0
 from fastmmu.paging import Mode
+from fastmmu.reference.guest_tables import GuestWalk, walk_tables
 from fastmmu.reference.mmu import EMULATE, FIXED, HUGEST, MMIO_GENERATION, RETRY, SPURIOUS, ShadowMmu, TdpMmu
 from fastmmu.reference.processor import (
     EXCHANGE,
@@ -203,10 +203,9 @@ class Machine:
         """
         if vcpu.shadowing:
             if locked:
-                with contextlib.suppress(GuestFault):
-                    gpa = self.mmu.walk(vcpu, address, access).gpa
-                    if self.memory.kind(gpa) == "ram":
-                        return gpa, False
+                found = walk_tables(vcpu, address, access)
+                if isinstance(found, GuestWalk) and self.memory.kind(found.gpa) == "ram":
+                    return found.gpa, False
             info = vcpu.device if vcpu.device is not None and vcpu.device.generation == self.generation else None
             if info is not None and info.page and info.page == address // PAGE:
                 if not vcpu.walker.denied(bool(info.access & ACC_U), bool(info.access & ACC_W), True, access):
