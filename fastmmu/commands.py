@@ -46,7 +46,7 @@ def tell_compiling(wanted: bool = True) -> None:
     from fastmmu.drive import drive
 
     if not drive.stats.cache_path or not list(Path(drive.stats.cache_path).glob("drive.drive-*.nbi")):
-        console().print("compiling the MMU's kernels, once for this build: about 20 seconds")
+        console().print("compiling the MMU's kernels, once for this build: under a minute")
 
 
 def translate_command(args: argparse.Namespace) -> int:
