@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import faults, mmio_mmu, mmu_cost
+from bench import faults, mmio_mmu, mmu_cost, shadow_caches, shadow_faults, shadow_memory
 from bench.experiment import Cell, Context
 from bench.workloads import BUNDLED_TRACE
 from fastmmu._jit import JIT
@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(not JIT, reason="whole guests: compiled code onl
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(faults, "SIZES", {"4k": (1 << 24, 1, 1 << 12), "2m": (1 << 26, 2, 1 << 21)})
+    monkeypatch.setattr(shadow_faults, "SIZE", 1 << 24)
+    monkeypatch.setattr(shadow_memory, "SIZES", {"16-mib": 1 << 24})
     yield
 
 
@@ -49,6 +51,40 @@ def test_warm_streams_cause_no_exit() -> None:
             assert counters["exits_no_irq"] == 0
             assert counters["tlb_hits"] + counters["tlb_misses"] == counters["accesses"]
     mmu_cost.timed(context, Cell(mmu_cost.NAME, context.workload.name + mmu_cost.WARM, "tdp")).run(1)
+
+
+@pytest.mark.parametrize("workload", shadow_faults.WORKLOADS)
+@pytest.mark.parametrize("case", [shadow_faults.WALK, *shadow_faults.CASES])
+def test_each_shadow_fault_is_one(small: None, workload: str, case: str) -> None:
+    cell = Cell(shadow_faults.NAME, workload, case)
+    checked = shadow_faults.check(Context(BUNDLED_TRACE, None), cell)
+    timed = shadow_faults.timed(Context(BUNDLED_TRACE, None), cell)
+    for _ in range(2):
+        timed.run(1)
+        assert timed.digest() == checked.expected
+    assert (checked.counters.get("mmu_cache_miss", 0) > 0) == (case == "first-touch")
+
+
+def test_bytes_for_a_shadowed_page(small: None) -> None:
+    checked = shadow_memory.check(Context(BUNDLED_TRACE, None), Cell(shadow_memory.NAME, "16-mib", shadow_memory.STRATEGY))
+    assert 24 < checked.counters["total"] / checked.counters["pages"] < 33  # 24 in the leaves; tables weigh more in a small guest
+
+
+def test_what_shadow_paging_remembers_is_seen_in_its_counters() -> None:
+    context = Context(BUNDLED_TRACE, 150_000)
+    found = {
+        cell.workload.split("/")[-1] + " " + cell.strategy: shadow_caches.check(context, cell)
+        for cell in shadow_caches.cells(context)
+    }
+    counters = {name: checked.counters for name, checked in found.items()}
+    assert counters["cached-roots on"] == counters["last-slot on"] == counters["last-slot off"] == counters["shadowed-access off"]
+    assert (
+        counters["shadowed-access on"]["remote_tlb_flush_requests"] < counters["shadowed-access off"]["remote_tlb_flush_requests"]
+    )
+    cell = shadow_caches.cells(context)[0]
+    timed = shadow_caches.timed(context, cell)
+    timed.run(1)
+    assert timed.digest() == found["cached-roots off"].expected
 
 
 def test_what_remembering_devices_saves() -> None:
