@@ -129,7 +129,10 @@ def test_paths_that_are_no_file(tmp_path: Path, capsys: pytest.CaptureFixture) -
         assert str(path) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [[], ["--mmu", "legacy"], ["--ept", "--host-page", "2m", "--nx-huge-pages"], ["--tlb", "1x1"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--mmu", "legacy"], ["--mmu", "shadow"], ["--ept", "--host-page", "2m", "--nx-huge-pages"], ["--tlb", "1x1"]],
+)
 def test_a_recorded_stream_translates(capsys: pytest.CaptureFixture, options: list[str]) -> None:
     """Every record of a real boot goes where it went, whatever stands between."""
     assert main(["replay", str(ROOT / EXCERPT), "--records", RECORDS, "--audit", "--json", *options]) == 0
@@ -139,7 +142,7 @@ def test_a_recorded_stream_translates(capsys: pytest.CaptureFixture, options: li
 
 
 @pytest.mark.parametrize("stream", ["fork-exec", "kv-store", "linux-boot", "thp-split"])
-@pytest.mark.parametrize("mmu", ["tdp", "legacy"])
+@pytest.mark.parametrize("mmu", ["tdp", "legacy", "shadow"])
 def test_the_real_streams_translate(shared: Path, capsys: pytest.CaptureFixture, stream: str, mmu: str) -> None:
     path = shared / "data" / "replay" / f"{stream}-long.npz"
     assert main(["replay", str(path), "--mmu", mmu, "--records", str(sized(1 << 30, 500))]) == 0
@@ -159,7 +162,7 @@ def test_a_record_that_went_elsewhere_is_one(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "options", [["--tlb", "3x1"], ["--tlb", "x"], ["--records", "0"], ["--mmu", "shadow"], ["--host-page", "8k"]]
+    "options", [["--tlb", "3x1"], ["--tlb", "x"], ["--records", "0"], ["--mmu", "nested"], ["--host-page", "8k"]]
 )
 def test_nonsense_on_the_command_line(capsys: pytest.CaptureFixture, options: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

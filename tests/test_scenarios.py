@@ -246,3 +246,8 @@ def test_random_shadow_scenarios_come_out_the_same(seed: int, tmp_path: Path) ->
 @pytest.mark.long
 def test_many_random_scenarios_come_out_the_same(seed: int, tmp_path: Path) -> None:
     check_random(seed + 1_000_000, sized(1000, 40), tmp_path)
+
+
+@pytest.mark.long
+def test_many_random_shadow_scenarios_come_out_the_same(seed: int, tmp_path: Path) -> None:
+    check_random(seed + 1_000_000, sized(1000, 40), tmp_path, random_shadow_scenario)
