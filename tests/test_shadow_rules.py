@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_kvm_rules import DEVICE, GIB, LONG, MMUS, PAGE, TWO_MIB, Guest, R, W, X
+from test_kvm_rules import DEVICE, GIB, LOG, LONG, MMUS, PAGE, READONLY, TWO_MIB, Guest, R, W, X
 
 from fastmmu.bits import CR0, CR3, CR4, EFER, NPT_SPTE
 from fastmmu.events import Op
@@ -162,6 +162,75 @@ def test_a_sync_loses_what_the_processor_had_set(guest: Shadowed) -> None:
     assert guest.spte(0) & int(NPT_SPTE.W)
 
 
+def test_later_kernels_leave_unchanged_leaves_alone() -> None:
+    """Facts 5.12.4: there a leaf whose rights did not change keeps A and D; one whose rights did is built anew."""
+    guest = Shadowed(Kvm(tdp=False, tdp_mmu=False, sync_skips_unchanged=True))
+    guest.touch(0, W)
+    guest.touch(PAGE, W)
+    before = guest.spte(0)
+    guest.store(LEAF + 8, DATA + PAGE | FULL & ~2)
+    guest.cr3(ROOT)
+    assert guest.spte(0) == before
+    assert not guest.spte(PAGE) & int(NPT_SPTE.W | NPT_SPTE.A)
+
+
+def test_rights_that_go_and_come_back(guest: Shadowed) -> None:
+    """Facts 5.12.4, 8.3: what the entry grants is remembered beside the leaf at each sync."""
+    guest.touch(0)
+    for value in (FULL & ~U, FULL):
+        guest.store(LEAF, DATA | value)
+        guest.cr3(ROOT)
+        assert bool(guest.spte(0) & int(NPT_SPTE.U)) == bool(value & U)
+    assert guest.touch(0, USER) == {}
+
+
+def test_a_leaf_that_a_sync_drops_is_flushed(guest: Shadowed) -> None:
+    """Facts 5.12.4, 9.5: where nothing else is a reason to: a page found again, whose only leaf maps another frame now."""
+    for i in range(1, 32):
+        guest.poke(LEAF + 8 * i, 0)
+    guest.touch(0)
+    guest.store(LEAF, DATA + 9 * PAGE | FULL)
+    assert guest.store(DIRECTORY + 16, LEAF | FULL)["pf_emulate"] == 1
+    assert guest.touch(2 * TWO_MIB)["remote_tlb_flush_requests"] == 1
+    assert guest.goes(0) == DATA + 9 * PAGE
+
+
+def test_a_sync_puts_no_table_out_of_step(guest: Shadowed) -> None:
+    """Facts 5.12.2: an entry that maps a table gets W in the guest: the sync leaves it read-only, and the first write faults."""
+    guest.poke(LEAF, WINDOW_LEAF | FULL & ~2)
+    guest.touch(0)
+    guest.store(LEAF, WINDOW_LEAF | FULL)
+    assert guest.cr3(ROOT)["mmu_unsync"] == -1
+    assert not guest.spte(0) & int(NPT_SPTE.W)
+    assert guest.touch(0, W)["mmu_unsync"] == 1
+
+
+def test_a_fault_on_an_entry_that_has_moved(guest: Shadowed) -> None:
+    """Facts 5.10: the leaf maps another frame: it is dropped from the reverse map of that one, and the TLBs are flushed."""
+    guest.poke(LEAF, DATA | FULL & ~D)
+    guest.touch(0)
+    guest.store(LEAF, DATA + 9 * PAGE | FULL)
+    changed = guest.touch(0, W)
+    assert (changed["pf_fixed"], changed["remote_tlb_flush_requests"]) == (1, 1)
+    assert "pages_4k" not in changed
+    assert guest.goes(0, W) == DATA + 9 * PAGE
+
+
+def test_more_tables_than_one_batch_takes(guest: Shadowed) -> None:
+    """Facts 5.12.3: sixteen pages at a time, those above the leafs among them, until none is left."""
+    for i in range(20):
+        guest.poke(DIRECTORY + 8 * (i + 2), (SPARE + i * PAGE) | FULL)
+        guest.touch((i + 2) * TWO_MIB)
+        guest.store(SPARE + i * PAGE, DATA + i * PAGE | FULL)
+    assert guest.total("mmu_unsync") == 0  # a walk that ends in a #PF shadows nothing
+    for i in range(20):
+        guest.touch((i + 2) * TWO_MIB)
+        guest.store(SPARE + i * PAGE, DATA | FULL)
+    assert guest.total("mmu_unsync") == 20
+    assert guest.cr3(ROOT)["mmu_unsync"] == -20
+    assert guest.goes(21 * TWO_MIB) == DATA
+
+
 def test_a_page_that_moves_keeps_its_place_in_the_reverse_map(guest: Shadowed) -> None:
     """Facts 5.12.4, 8.3: what a leaf maps is remembered beside it; the host's unmap finds it where it is now."""
     guest.touch(0)
@@ -175,8 +244,8 @@ def test_a_page_that_moves_keeps_its_place_in_the_reverse_map(guest: Shadowed) -
 
 def test_the_prefetch_ends_at_the_first_entry_that_it_cannot_take(guest: Shadowed) -> None:
     """Facts 5.8.5: from the lowest of the aligned eight up; present, with A, no reserved bit."""
-    for value in (0, DATA | FULL & ~A, DATA | FULL | 1 << 45):
-        other = Shadowed()
+    for value in (0, DATA | FULL & ~A, DATA | FULL | 1 << 45, DATA | FULL | NX):
+        other = Shadowed(registers={**LONG, "efer": int(EFER.LME | EFER.LMA)})  # NX is a reserved bit
         other.poke(LEAF + 8 * 2, value)
         assert other.touch(5 * PAGE)["pages_4k"] == 3  # 0 and 1, and the one that faulted
     assert guest.touch(5 * PAGE)["pages_4k"] == 8
@@ -190,6 +259,21 @@ def test_a_prefetch_makes_no_table_writable(guest: Shadowed) -> None:
     for table in (ROOT, UPPER, DIRECTORY, LEAF, WINDOW_LEAF):
         assert not guest.spte(WINDOW + table) & int(NPT_SPTE.W)
     assert guest.spte(WINDOW) & int(NPT_SPTE.W)
+
+
+def test_a_prefetch_where_writes_are_logged_or_not_possible() -> None:
+    """Facts 5.8.5: what would be writable is not mapped while its memslot logs, nor anything of a read-only memslot."""
+    for flags, pages in ((LOG, 1), (READONLY, 1), (0, 8)):
+        guest = Shadowed()
+        guest.slot(1, 0x1000_0000, 32 * PAGE, flags)
+        for i in range(8):
+            guest.poke(LEAF + 8 * i, 0x1000_0000 + i * PAGE | FULL)
+        assert guest.touch(5 * PAGE)["pages_4k"] == pages
+    guest = Shadowed()
+    guest.slot(1, 0x1000_0000, 32 * PAGE, LOG)
+    for i in range(8):
+        guest.poke(LEAF + 8 * i, 0x1000_0000 + i * PAGE | (FULL & ~2 if i < 4 else FULL))
+    assert guest.touch(5 * PAGE)["pages_4k"] == 5  # those that are not writable need no log
 
 
 def test_a_page_becomes_a_table(guest: Shadowed) -> None:
@@ -237,6 +321,7 @@ def test_writes_to_upper_tables_are_emulated(guest: Shadowed) -> None:
     """Facts 5.13: at each write the entry is zapped, at once; a new value that is not zero is counted."""
     guest.touch(0)
     changed = guest.store(DIRECTORY, SPARE | FULL)
+    assert changed["pf_taken"] == 1  # though nothing was mapped there
     assert (changed["pf_emulate"], changed["mmu_pte_write"], changed["mmu_pde_zapped"]) == (1, 1, 1)
     assert changed["remote_tlb_flush_requests"] == 1
     assert "mmu_unsync" not in changed
@@ -506,6 +591,19 @@ def test_a_guest_wide_flush_frees_kept_roots_that_are_out_of_step(guest: Shadowe
     assert guest.goes(0) == DATA + 9 * PAGE
 
 
+def test_parameters_of_kept_roots() -> None:
+    """`force_flush_and_sync_on_reuse`: a load that does not flush syncs all the same. And roots that are not kept are loaded anew."""
+    for option, unsync, flushes in (({}, 1, 0), ({"force_sync_on_reuse": True}, 0, 1), ({"cached_roots": False}, 0, 1)):
+        guest = Shadowed(Kvm(tdp=False, tdp_mmu=False, **option), registers=PCIDS)
+        guest.touch(0)
+        guest.cr3(OTHER_ROOT | 1 | NO_FLUSH)
+        guest.touch(0)
+        guest.store(LEAF, DATA + 9 * PAGE | FULL)
+        changed = guest.cr3(ROOT | NO_FLUSH)
+        assert (guest.total("mmu_unsync"), changed.get("tlb_flush", 0)) == (unsync, flushes)
+        assert bool(guest.kept()) == ("cached_roots" not in option)
+
+
 def test_kept_roots_go_with_everything_else(guest: Shadowed) -> None:
     """Facts 5.14: a memslot goes: every shadow page does, roots as soon as the vCPU comes to it."""
     guest.touch(0)
@@ -516,6 +614,16 @@ def test_kept_roots_go_with_everything_else(guest: Shadowed) -> None:
     guest.run((Op.EXIT, {}))
     assert guest.kept() == []
     assert int(guest.machine.vm.word[VmWord.USED_PAGES]) == 1
+
+
+def test_what_serving_a_request_asks_for_is_served_too(guest: Shadowed) -> None:
+    """`vcpu_enter_guest`: a new root is loaded and synced, which write-protects tables; the flush for that comes before the entry."""
+    guest.touch(0)
+    guest.store(LEAF, DATA + 9 * PAGE | FULL)
+    guest.run((Op.MODE, {"value": guest.row(LONG, OTHER_ROOT)}), (Op.EXIT, {}))
+    guest.run((Op.MODE, {"value": guest.row(LONG, ROOT)}))
+    changed = guest.count((Op.EXIT, {}))
+    assert (changed["mmu_unsync"], changed["tlb_flush"]) == (-1, 1)
 
 
 def test_two_vcpus_share_shadow_pages() -> None:
@@ -630,6 +738,10 @@ def test_a_table_of_4_byte_entries_has_two_shadow_pages() -> None:
     guest.invlpg(0)
     assert guest.goes(0) == 9 * PAGE
     assert guest.goes(TWO_MIB) == DATA + TWO_MIB
+    guest.store(LEAF + 4 * 513, 9 * PAGE | FULL)
+    assert guest.cr3(ROOT)["mmu_unsync"] == -2
+    for gva, gpa in ((0, 9 * PAGE), (PAGE, DATA + PAGE), (TWO_MIB, DATA + TWO_MIB), (TWO_MIB + PAGE, 9 * PAGE)):
+        assert guest.goes(gva) == gpa
 
 
 def test_a_write_to_a_directory_of_4_byte_entries() -> None:
