@@ -185,13 +185,13 @@ def test_rights_that_go_and_come_back(guest: Shadowed) -> None:
 
 
 def test_a_leaf_that_a_sync_drops_is_flushed(guest: Shadowed) -> None:
-    """Facts 5.12.4, 9.5: where nothing else is a reason to: a page found again, whose only leaf maps another frame now."""
+    """Facts 5.12.4, 9.5: where nothing else is a reason to: a page found again, one of whose two leaves maps another frame now."""
     for i in range(1, 32):
-        guest.poke(LEAF + 8 * i, 0)
+        guest.poke(LEAF + 8 * i, DATA | FULL & ~2 if i == 1 else 0)
     guest.touch(0)
     guest.store(LEAF, DATA + 9 * PAGE | FULL)
     assert guest.store(DIRECTORY + 16, LEAF | FULL)["pf_emulate"] == 1
-    assert guest.touch(2 * TWO_MIB)["remote_tlb_flush_requests"] == 1
+    assert guest.touch(2 * TWO_MIB + PAGE)["remote_tlb_flush_requests"] == 1
     assert guest.goes(0) == DATA + 9 * PAGE
 
 
@@ -203,6 +203,19 @@ def test_a_sync_puts_no_table_out_of_step(guest: Shadowed) -> None:
     assert guest.cr3(ROOT)["mmu_unsync"] == -1
     assert not guest.spte(0) & int(NPT_SPTE.W)
     assert guest.touch(0, W)["mmu_unsync"] == 1
+
+
+def test_a_page_that_is_mapped_too_often(guest: Shadowed) -> None:
+    """Facts 5.14: a list of more than 1000 sptes is zapped, with a flush."""
+    for table in range(3):
+        guest.poke(DIRECTORY + 8 * (table + 2), (SPARE + table * PAGE) | FULL)
+        for i in range(512):
+            guest.poke(SPARE + table * PAGE + 8 * i, DATA | FULL)
+    pages = [(Op.ACCESS, {"address": 2 * TWO_MIB + i * 8 * PAGE, "access": R}) for i in range(192)]
+    assert "remote_tlb_flush_requests" not in guest.count(*pages[:125])
+    assert guest.total("pages_4k") == 1000
+    assert guest.count(*pages[125:])["remote_tlb_flush_requests"] == 1
+    assert guest.total("pages_4k") < 1000
 
 
 def test_a_fault_on_an_entry_that_has_moved(guest: Shadowed) -> None:
@@ -347,6 +360,18 @@ def test_a_flood_of_writes(guest: Shadowed) -> None:
     assert guest.goes(GIB) == DATA
 
 
+def test_a_leaf_table_is_not_flooded(guest: Shadowed) -> None:
+    """Facts 5.13.3: a page that is a leaf table and a directory too: only its shadow page as a directory goes."""
+    guest.poke(UPPER + 8, LEAF | FULL)
+    guest.poke(LEAF + 8, SPARE | FULL)
+    guest.poke(SPARE, DATA | FULL)
+    guest.touch(0)
+    guest.touch(GIB + TWO_MIB)
+    for flooded in (0, 0, 1, 0, 0):
+        changed = guest.store(LEAF + 8 * 100, 0)
+        assert changed.get("mmu_flooded", 0) == flooded
+
+
 @pytest.mark.parametrize(
     "offset, size, zapped", [(0, 8, 0), (0, 4, 0), (4, 4, 0), (2, 4, 0), (0, 1, 0), (1, 1, 1), (0, 2, 1), (4, 8, 1), (6, 4, 0)]
 )
@@ -470,6 +495,16 @@ def test_a_write_without_write_protect_takes_the_page_from_the_user(guest: Shado
         assert not guest.spte(0) & int(NPT_SPTE.W)
 
 
+def test_a_refused_access_reads_the_entry_again(guest: Shadowed) -> None:
+    """Facts 1.9, 9.4: a #PF for want of rights drops what the processor and an unsync page have of the address, as INVLPG does."""
+    guest.poke(LEAF, DATA | FULL & ~2)
+    guest.touch(0)
+    guest.store(LEAF, DATA + 9 * PAGE | FULL & ~2)
+    assert guest.goes(0) == DATA
+    assert guest.fault(0, W) == 3
+    assert guest.goes(0) == DATA + 9 * PAGE
+
+
 def test_a_huge_page_of_the_guest_changes_its_rights(guest: Shadowed) -> None:
     """Facts 5.8.4: a direct page under it has the access of its leaf; when D is set another one takes its place, after a flush."""
     guest.poke(DIRECTORY + 16, LARGE | FULL & ~D)
@@ -491,6 +526,18 @@ def test_a_page_over_its_own_tables_is_mapped_by_4k() -> None:
 
 
 # --- roots -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_root_in_use_that_is_zapped(guest: Shadowed) -> None:
+    """Facts 5.14: it lives until the vCPU lets it go, before its next entry; then another one is made. All below it stays."""
+    guest.touch(0)
+    guest.touch(WINDOW)
+    pages = int(guest.machine.vm.word[VmWord.USED_PAGES])
+    changed = guest.store(ROOT + 8 * 100 + 4, 0)
+    assert (changed["mmu_flooded"], changed["mmu_shadow_zapped"]) == (1, 1)
+    assert int(guest.machine.vm.word[VmWord.USED_PAGES]) == pages
+    assert guest.touch(0)[MISS] == 1
+    assert int(guest.machine.vm.word[VmWord.USED_PAGES]) == pages
 
 
 def test_three_roots_are_kept(guest: Shadowed) -> None:
@@ -562,10 +609,11 @@ def test_without_pcids_each_load_syncs_a_kept_root(guest: Shadowed) -> None:
     assert guest.goes(0) == DATA + 9 * PAGE
 
 
-def test_invlpg_reaches_the_kept_roots() -> None:
-    """Facts 9.4.3: the address is read again under each of them."""
+def in_another_space() -> Shadowed:
+    """A guest with PCIDs that has gone to an address space with tables of its own, but for the window's, and written to a leaf table
+    of the first, which is out of step."""
     guest = Shadowed(registers=PCIDS)
-    guest.poke(OTHER_ROOT, SPARE | FULL)  # with a leaf table of its own
+    guest.poke(OTHER_ROOT, SPARE | FULL)
     for i in range(3):
         guest.poke(SPARE + i * PAGE, (SPARE + (i + 1) * PAGE) | FULL if i < 2 else DATA | FULL)
     guest.poke(SPARE + PAGE + 8, WINDOW_LEAF | FULL)
@@ -573,22 +621,30 @@ def test_invlpg_reaches_the_kept_roots() -> None:
     guest.cr3(OTHER_ROOT | 1 | NO_FLUSH)
     guest.touch(0)
     guest.store(LEAF, DATA + 9 * PAGE | FULL)
+    assert guest.kept() == [ROOT]
+    return guest
+
+
+def test_invlpg_reaches_the_kept_roots() -> None:
+    """Facts 9.4.3: the address is read again under each of them."""
+    guest = in_another_space()
     guest.invlpg(0)
     guest.cr3(ROOT | NO_FLUSH)
     assert guest.total("mmu_unsync") == 1
     assert guest.goes(0) == DATA + 9 * PAGE
 
 
-def test_a_guest_wide_flush_frees_kept_roots_that_are_out_of_step(guest: Shadowed) -> None:
+def test_a_guest_wide_flush_frees_kept_roots_that_are_out_of_step() -> None:
     """Facts 9.3: which is how they come up to date; those in step stay."""
-    guest.touch(0)
-    guest.cr3(OTHER_ROOT)
-    guest.touch(0)
-    guest.store(LEAF, DATA + 9 * PAGE | FULL)
+    guest = in_another_space()
     guest.run((Op.FLUSH, {}), (Op.EXIT, {}))
+    assert guest.total("mmu_unsync") == 1
+    assert guest.kept() == []
+    guest.cr3(ROOT | NO_FLUSH)
     assert guest.total("mmu_unsync") == 0
-    guest.cr3(ROOT)
     assert guest.goes(0) == DATA + 9 * PAGE
+    guest.run((Op.FLUSH, {}), (Op.EXIT, {}))
+    assert guest.kept() == [OTHER_ROOT | 1]
 
 
 def test_parameters_of_kept_roots() -> None:
@@ -675,6 +731,19 @@ def test_a_device_page_that_the_guest_moves(guest: Shadowed) -> None:
             guest.invlpg(DEVICE_PAGE)
         log = guest.run((Op.LOAD, {"address": DEVICE_PAGE, "access": R, "size": 8}))
         assert [int(row["address"]) for row in log if row["kind"] == LogKind.MMIO_READ] == [gpa]
+
+
+def test_a_device_page_becomes_an_upper_table(guest: Shadowed) -> None:
+    """Facts 4.5, 5.3: the write is emulated, as one to the device was; the MMIO info cache, which INVLPG cleared, is asked first."""
+    guest.touch(DEVICE_PAGE, W)
+    guest.store(LEAF + 8 * 64, DIRECTORY | FULL)
+    guest.invlpg(DEVICE_PAGE)
+    assert guest.own(VcpuWord.MMIO) == 0
+    write = {"address": DEVICE_PAGE + 8 * 100, "access": W, "size": 8, "value": SPARE | FULL}
+    changed = guest.count((Op.WRITE, write))
+    assert (changed["pf_emulate"], changed["mmu_pte_write"]) == (1, 1)
+    assert "mmio_exits" not in changed
+    assert guest.word(DIRECTORY + 8 * 100) == SPARE | FULL
 
 
 def test_a_device_page_becomes_memory(guest: Shadowed) -> None:
