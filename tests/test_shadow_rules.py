@@ -195,6 +195,18 @@ def test_a_leaf_that_a_sync_drops_is_flushed(guest: Shadowed) -> None:
     assert guest.goes(0) == DATA + 9 * PAGE
 
 
+def test_a_table_that_is_protected_for_a_sync_is_flushed(guest: Shadowed) -> None:
+    """Facts 5.12.3, 9.5: where nothing else is a reason to: no leaf under it is lost, or loses A or D."""
+    for i in range(32):
+        guest.poke(LEAF + 8 * i, DATA + i * PAGE | FULL & ~2)
+    guest.touch(0)
+    guest.store(LEAF + 8 * 20, 0)
+    guest.run((Op.UNMAP, {"address": DATA, "value": DATA + PAGE}))
+    changed = guest.cr3(ROOT)
+    assert (changed["mmu_unsync"], changed["remote_tlb_flush_requests"]) == (-1, 1)
+    assert guest.store(LEAF + 8 * 20, 0)["mmu_unsync"] == 1
+
+
 def test_a_sync_puts_no_table_out_of_step(guest: Shadowed) -> None:
     """Facts 5.12.2: an entry that maps a table gets W in the guest: the sync leaves it read-only, and the first write faults."""
     guest.poke(LEAF, WINDOW_LEAF | FULL & ~2)
@@ -811,6 +823,10 @@ def test_a_table_of_4_byte_entries_has_two_shadow_pages() -> None:
     assert guest.cr3(ROOT)["mmu_unsync"] == -2
     for gva, gpa in ((0, 9 * PAGE), (PAGE, DATA + PAGE), (TWO_MIB, DATA + TWO_MIB), (TWO_MIB + PAGE, 9 * PAGE)):
         assert guest.goes(gva) == gpa
+    for entry, value in ((2, DATA + PAGE | FULL), (3, 0), (1, 9 * PAGE | FULL)):
+        guest.store(LEAF + 4 * entry, value)
+    guest.cr3(ROOT)
+    assert guest.goes(PAGE) == 9 * PAGE  # though entries 2 and 3, as one of 8 bytes, say what entry 1 has said
 
 
 def test_a_write_to_a_directory_of_4_byte_entries() -> None:
