@@ -467,6 +467,18 @@ def test_bits_that_kvm_sets_in_tables_are_logged(guest: Shadowed) -> None:
     assert guest.dirty() == [SPARE // PAGE, DATA // PAGE]
 
 
+def test_leaves_of_the_guests_tables_stay_when_logging_ends(guest: Shadowed) -> None:
+    """Facts 7.1.3: only direct pages could map more at once; a 4 KiB page of the guest stays one, whatever the host has."""
+    guest.slot(1, 0x1000_0000, TWO_MIB, host_level=2)
+    for i in range(8):
+        guest.poke(LEAF + 8 * i, 0x1000_0000 + i * PAGE | FULL)
+    guest.touch(0, W)
+    for flags in (LOG, 0):
+        assert "pages_4k" not in guest.count((Op.SLOT_FLAGS, {"address": 1, "value": flags}))
+    assert guest.touch(0, W)["pf_taken"] == 1  # an indirect page has no fast path: W comes back by a fault
+    assert guest.touch(0, W) == {}
+
+
 def test_a_shadowed_table_grants_what_all_above_it_grant() -> None:
     """Facts 5.11, 1.1: the role's access is that of all levels: through a read-only PDPTE, neighbours too are read-only."""
     guest = Shadowed()
