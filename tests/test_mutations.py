@@ -24,6 +24,7 @@ MMIO = ("tests/test_mmio.py",)
 KVM = ("tests/test_kvm_rules.py", "tests/test_scenarios.py")
 STREAMS = ("tests/test_kvm_rules.py", "tests/test_streams.py")
 SHADOW = ("tests/test_shadow_rules.py", "tests/test_scenarios.py")
+TLB_KEYS = ("tests/test_streams.py::test_protection_keys_bind_accesses_that_the_tlb_serves",)
 MANY_UNSYNC = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[many_unsync]",)
 
 
@@ -127,7 +128,7 @@ MUTANTS = (
     Mutant("requested flushes counted, not done", "roots.py", "    count(vcpu.stat, Counter.TLB_FLUSH)\n    flush(vcpu.tlb)", "    count(vcpu.stat, Counter.TLB_FLUSH)", STREAMS),
     Mutant("requests served once", "roots.py", "    while is_asked(vm, vcpu):", "    if is_asked(vm, vcpu):", SHADOW),
     Mutant("the emulator's A bits not logged", "shadow_fault.py", "            mark_dirty(vm, vm.mem.slots[number], table >> PAGE_SHIFT)\n", "", SHADOW),
-    Mutant("keys not asked on a TLB hit", "tlb.py", "denied = denied or key_fault", "denied = denied or False and key_fault", STREAMS),
+    Mutant("keys not asked on a TLB hit", "tlb.py", "denied = denied or key_fault", "denied = denied or False and key_fault", TLB_KEYS),
     Mutant("a shadowed table is not write-protected", "shadow.py", "        if write_protect(vm, slot, gfn):\n", "        if False:\n", SHADOW),
     Mutant("huge pages over shadowed tables", "shadow.py", "        disallow_huge(vm, slot, gfn, 1)", "        pass", SHADOW),
     Mutant("huge pages for ever forbidden", "shadow.py", "        disallow_huge(vm, vm.mem.slots[number], gfn, -1)", "        pass", SHADOW),
