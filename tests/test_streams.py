@@ -20,7 +20,7 @@ from fastmmu.paging import Cpu
 
 WRITE, USER, FETCH, PK = int(PFERR.W), int(PFERR.U), int(PFERR.F), int(PFERR.PK)
 P, W, U, A, D = (int(getattr(GPTE64, name)) for name in ("P", "W", "U", "A", "D"))
-STREAMS, EVENTS = sized(4, 3), sized(2000, 200)
+STREAMS, EVENTS = sized(2, 1), sized(2000, 200)
 STAND_IN_STREAMS = 4
 OFF = Cpu(cr0=int(CR0.PE), cr3=0, cr4=0, efer=0)
 PAGING = Cpu(
