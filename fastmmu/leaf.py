@@ -14,6 +14,7 @@ from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
 from fastmmu.pool import NONE, TABLE_SIZE, count, count_leaf, flush_remote
 from fastmmu.rmap import (
     ACCESS_SHIFT,
+    QUADRANT_SHIFT,
     access_of_entry,
     add_leaf,
     drop_leaf,
@@ -33,7 +34,6 @@ from fastmmu.walk import access_of, reserved_row
 PREFETCH_PAGES = np.uint64(8)
 NOT_STARTED = ZERO
 FOUR_BYTE, QUADRANT = np.uint32(ROLE.FOUR_BYTE_GPTE), ROLE.QUADRANT
-QUADRANT_SHIFT = np.uint64(5)
 
 
 @inner(inline=True)

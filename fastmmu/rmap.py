@@ -23,7 +23,7 @@ REST, LENGTH, FIRST, DESC_WORDS = np.uint64(0), np.uint64(1), np.uint64(2), np.u
 DESC_SPTES = DESC_WORDS - FIRST
 LONGEST = 1000  # beyond it all sptes of the list are zapped
 MAX_HUGE_LEVEL = np.uint64(3)
-ACCESS_SHIFT = np.uint64(8)
+ACCESS_SHIFT, QUADRANT_SHIFT = np.uint64(8), np.uint64(5)  # of a role
 
 
 @inner

@@ -11,13 +11,13 @@ import numpy as np
 from fastmmu import machine_state
 from fastmmu._jit import inner
 from fastmmu.bits import CR0, CR3, CR4, EFER, GPTE64, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO, field
-from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL
+from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT
 from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, Request, Stop, VcpuWord, VmWord
 from fastmmu.memory import find_slot
 from fastmmu.paging import TWO_LEVEL
 from fastmmu.pool import NO, NO_TABLE, NONE, count, is_obsolete
+from fastmmu.rmap import QUADRANT_SHIFT
 from fastmmu.shadow import (
-    QUADRANT_SHIFT,
     commit_zapped,
     get_shadow_page,
     is_short_of_pages,
@@ -36,7 +36,6 @@ from fastmmu.walk import MODE_NONE, MODE_PAE, MODE_TWO_LEVEL, mode_of
 TLB_FLUSH, FREE_OBSOLETE_ROOTS, LOAD_ROOT, FLUSH_CURRENT, MMU_SYNC, FLUSH_GUEST = (np.uint64(one) for one in Request)
 REQUESTS = np.uint64(machine_state.REQUESTS)
 PAE_ROOTS = 4
-PAE_ROOT_SHIFT = np.uint64(18)
 PAE_ROOT = np.uint64(VcpuWord.PAE_ROOT)
 PREVIOUS, PREVIOUS_PGD = np.uint64(VcpuWord.PREVIOUS_ROOT), np.uint64(VcpuWord.PREVIOUS_PGD)
 KEPT = np.uint64(PREVIOUS_ROOTS)

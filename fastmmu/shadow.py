@@ -33,6 +33,7 @@ from fastmmu.pool import (
 from fastmmu.rmap import (
     ACCESS_SHIFT,
     MAX_HUGE_LEVEL,
+    QUADRANT_SHIFT,
     add_parent,
     at_cursor,
     drop_leaf,
@@ -47,7 +48,6 @@ from fastmmu.unsync import clear_path, first_leaf, mark_link, mark_synced, next_
 from fastmmu.walk import MODE_LONG4, MODE_NONE
 
 MIN_FREE_PAGES, REFILL_PAGES = np.uint64(5), np.uint64(25)
-QUADRANT_SHIFT = np.uint64(5)
 ONE_ROOT = np.uint32(1)
 TWO = np.uint64(2)
 

@@ -8,7 +8,8 @@ from fastmmu._jit import inner
 from fastmmu.bits import CR4, ONE, PAGE_OFFSET, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO
 from fastmmu.machine_state import Counter, VcpuWord, VmWord
 from fastmmu.pool import NO_TABLE, NONE, after_indirect, count, first_indirect
-from fastmmu.shadow import QUADRANT_SHIFT, commit_zapped, zap, zap_entry
+from fastmmu.rmap import QUADRANT_SHIFT
+from fastmmu.shadow import commit_zapped, zap, zap_entry
 from fastmmu.spte import INDEX_BITS, is_present
 
 FLOOD = np.uint8(3)
