@@ -209,7 +209,7 @@ def walk_shadow(vm, vcpu, gva, access):
 
 @inner(inline=True)
 def walk_shadow_plainly(vm, vcpu, gva, access):
-    """The plain case of it: nothing denied."""
+    """The plain case of it: nothing denied; or nothing mapped, which exits."""
     page, word = gva >> PAGE_SHIFT, vm.word
     table, level = root_for(vm, vcpu, page)
     if table == NO_TABLE:
@@ -224,6 +224,10 @@ def walk_shadow_plainly(vm, vcpu, gva, access):
     needed, forbidden = word[np.uint64(VmWord.USE_READ) + kind], word[np.uint64(VmWord.NOT_READ) + kind]
     missing = needed & ~spte
     if missing & ~(word[VmWord.ACCESSED] | word[VmWord.DIRTY]) | spte & forbidden != ZERO:
+        if spte & word[VmWord.HARDWARE_PRESENT] == ZERO:
+            return leaves(gva, access & ACCESS_BITS)
+        if spte & word[VmWord.MMIO_MASK] == word[VmWord.MMIO_VALUE]:
+            return leaves(gva, reserved_code(word, access & ACCESS_BITS))
         return not_plain()
     if permission_fault(vcpu.mmu, rights_of(word, spte), access):
         return not_plain()

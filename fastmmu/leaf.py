@@ -242,24 +242,40 @@ def sync_page(vm, vcpu, table):
     6.1 builds each again, as a prefetch: A is lost, and D where it was writable. Later kernels leave one alone whose rights, as
     they are kept beside the gfn, did not change (SYNC_SKIPS_UNCHANGED).
     """
+    flushes = False
+    for first in range(table * TABLE_SIZE, (table + ONE) * TABLE_SIZE, PREFETCH_PAGES):
+        filled = ZERO
+        for i in range(PREFETCH_PAGES):
+            filled |= vm.spt[first + i]
+        if filled != ZERO:  # most pages are far from full
+            flushes |= sync_group(vm, vcpu, table, first)
+    return flushes
+
+
+@inner(inline=True)
+def sync_group(vm, vcpu, table, first):
+    """Eight leaves of them, from index `first` on. Most entries say what they said: all that is left of building a leaf again is
+    that A and D are lost, and not even that where it is left alone."""
     word, role, flushes = vm.word, np.uint64(vm.page[table]["role"]), False
-    accessed, dirty, wanted = word[VmWord.ACCESSED], word[VmWord.DIRTY], GPTE64.P | GPTE64.A
-    alike = word[VmWord.LOGGING_SLOTS] == ZERO and word[VmWord.SYNC_SKIPS_UNCHANGED] == ZERO and role & ROLE.FOUR_BYTE_GPTE == ZERO
+    bits, wanted = word[VmWord.ACCESSED] | word[VmWord.DIRTY], GPTE64.P | GPTE64.A
+    if word[VmWord.SYNC_SKIPS_UNCHANGED] != ZERO:
+        bits = ZERO
+    alike = word[VmWord.LOGGING_SLOTS] == ZERO and role & ROLE.FOUR_BYTE_GPTE == ZERO
     reserved, granted = vcpu.mmu.reserved[reserved_row(ZERO, ONE)], (role & ROLE.ACCESS) >> ACCESS_SHIFT
-    first, start = table * TABLE_SIZE, (vm.page[table]["gfn"] << PAGE_SHIFT) >> WORD_SHIFT
-    for i in range(TABLE_SIZE):
+    start = ((vm.page[table]["gfn"] << PAGE_SHIFT) >> WORD_SHIFT) + (first & (TABLE_SIZE - ONE))
+    for i in range(PREFETCH_PAGES):
         index = first + i
         spte = vm.spt[index]
         if spte == ZERO:
             continue
-        if alike:  # most entries say what they said: what is left of building the leaf again is that A and D are lost
+        if alike:
             gpte = load(vm.mem.words, start + i)
             access = granted & access_of(gpte ^ GPTE64.NX)
             access = access & ~ACC.W if gpte & GPTE64.D == ZERO else access
             same = vm.shadowed[index] == (gpte & GPTE64.ADDR) | access and gpte & (wanted | reserved) == wanted
             if same and is_present(spte) and (is_writable(spte) or access & ACC.W == ZERO):
-                vm.spt[index] = spte & ~(accessed | dirty)
-                flushes |= spte & (accessed | dirty) != ZERO
+                vm.spt[index] = spte & ~bits
+                flushes |= spte & bits != ZERO
                 continue
         flushes |= sync_leaf(vm, vcpu, index)
     return flushes
