@@ -162,9 +162,12 @@ def test_a_sync_loses_what_the_processor_had_set(guest: Shadowed) -> None:
     assert guest.spte(0) & int(NPT_SPTE.W)
 
 
-def test_later_kernels_leave_unchanged_leaves_alone() -> None:
+@pytest.mark.parametrize("logs", [False, True])
+def test_later_kernels_leave_unchanged_leaves_alone(logs: bool) -> None:
     """Facts 5.12.4: there a leaf whose rights did not change keeps A and D; one whose rights did is built anew."""
     guest = Shadowed(Kvm(tdp=False, tdp_mmu=False, sync_skips_unchanged=True))
+    if logs:
+        guest.count((Op.SLOT_FLAGS, {"address": 0, "value": LOG}))
     guest.touch(0, W)
     guest.touch(PAGE, W)
     before = guest.spte(0)
