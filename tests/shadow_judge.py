@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 from shadow_follower import Follower, lanes
@@ -45,7 +45,7 @@ class ShadowJudge(Judge):
         self.vcpus, self.vcpu = self.follower.vcpus, self.follower.vcpus[0]
         self.seen: set[int] = set()  # words that were compared with the machine's memory since they changed
         self.at = 0
-        self.remembered = False
+        self.remembered: frozenset[int] = frozenset()  # page frames that KVM takes for a device's, though a memslot has come
         self.came_late: set[int] = set()  # memslots that were created when the guest had run
 
     # --- memory
@@ -80,16 +80,27 @@ class ShadowJudge(Judge):
         return found
 
     def outcomes(self, *arguments: int, stale: bool) -> Iterator[Possible]:
-        """All outcomes, by today's tables alone first; then those where KVM remembers a device though a memslot has come."""
+        """All outcomes, by today's tables alone first; then those where KVM remembers a device though a memslot has come, of one
+        page or of both."""
         yield from self.outcomes_of(*arguments, stale=stale)
-        if stale and self.came_late:
-            self.remembered = True
-            yield from self.outcomes_of(*arguments, stale=stale)
-            self.remembered = False
+        if not stale or not self.came_late:
+            return
+        _, gva, access, size, *_ = arguments
+        ends = {gva, gva + size - 1} if size else {gva}
+        walks = [walk for end in ends for walk in self.choices(end, access, True) + self.choices(end, access & ~WRITE, True)]
+        late = sorted({walk.gpa // PAGE for walk in walks if walk.ok and self.is_late(walk.gpa)})
+        for count in (1, 2):
+            for frames in combinations(late, count):
+                self.remembered = frozenset(frames)
+                yield from self.outcomes_of(*arguments, stale=stale)
+        self.remembered = frozenset()
+
+    def is_late(self, gpa: int) -> bool:
+        slot = slot_of(self.slots, gpa)
+        return slot is not None and slot.identity in self.came_late
 
     def is_device(self, gpa: int, write: bool) -> bool:
-        slot = slot_of(self.slots, gpa)
-        return self.follower.is_device(gpa, write) or (self.remembered and slot is not None and slot.identity in self.came_late)
+        return self.follower.is_device(gpa, write) or (gpa // PAGE in self.remembered and self.is_late(gpa))
 
     def outcomes_of(
         self, op: int, gva: int, access: int, size: int, value: int, compared: int, *, stale: bool
@@ -175,8 +186,11 @@ class ShadowJudge(Judge):
         for rows, data, certain, new in known:
             done = Possible(list(rows))
             if writes:
-                for (_, size, before), walk in zip(pages, walks, strict=True):
+                for (_, size, before), walk, source in zip(pages, walks, read, strict=True):
                     piece = -1 if new < 0 else new >> 8 * before & (1 << 8 * size) - 1
+                    moved = source.gpa != walk.gpa or device(source.gpa, False)
+                    if new < 0 and moved and not device(walk.gpa, True):  # it stores what it saw elsewhere
+                        piece = data >> 8 * before & (1 << 8 * size) - 1
                     if device(walk.gpa, True):
                         back = data >> 8 * before & (1 << 8 * size) - 1
                         told = 0 if op in (Op.ACCESS, Op.DEVICE) else back if piece < 0 else piece
