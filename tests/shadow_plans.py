@@ -9,7 +9,7 @@ import numpy as np
 from shadow_follower import NO_FLUSH, Follower
 from shadow_guests import LONG, ROM_TABLES, SPARE, World, WorldBuilder, rom_tables_slot, world_entry, world_registers, world_rights
 from stream_guests import CODE, FETCH, PAGE, TABLES_SLOT, USER, WRITE, Kind, chance, data_frame, one_of
-from stream_plans import WEIGHTS, Generator, Slot, slot_of
+from stream_plans import WEIGHTS, Generator, slot_of
 
 from fastmmu.bits import CR0, CR4
 from fastmmu.events import Op
@@ -17,13 +17,13 @@ from fastmmu.paging import Cpu, Mode
 from fastmmu.reference.walk import PS, GeneralProtection, P
 
 WORD = 2**64 - 1
-NEVER_DELETED = {TABLES_SLOT, ROM_TABLES}
 
 
 class ShadowGenerator(Generator):
     """Makes events for a guest whose tables KVM shadows; follows what they do to memory and to each vCPU's translations."""
 
     weights: ClassVar = {**WEIGHTS, "scene": 9, "cr3": 2.5, "invlpg": 1.5, "registers": 0.7, "mode": 0.5}
+    never_deleted = frozenset({TABLES_SLOT, ROM_TABLES})
 
     def __init__(self, name: str, kind: Kind, seed: int) -> None:
         self.name, self.kind, self.seed = name, kind, seed
@@ -400,22 +400,6 @@ class ShadowGenerator(Generator):
     # --- the host
 
     def create(self, row: int) -> None:
-        one = self.prepared[row]
-        self.slots[one["slot"]] = Slot(one["slot"], one["gpa"], one["gpa"] + one["size"], one["flags"])
-        self.add(Op.SLOT_CREATE, value=row)
+        super().create(row)
         if len(self.rows) > len(self.prepared):
-            self.late.add(one["slot"])
-
-    def slot(self) -> None:
-        rng = self.rng
-        if self.kind.spread and chance(rng, 0.85):
-            return
-        missing = [i for i, one in enumerate(self.prepared) if one["slot"] not in self.slots]
-        if missing and chance(rng, 0.8):
-            self.create(one_of(rng, missing))
-            return
-        identities = sorted(self.slots.keys() - NEVER_DELETED)
-        if identities:
-            identity = one_of(rng, identities)
-            del self.slots[identity]
-            self.add(Op.SLOT_DELETE, address=identity)
+            self.late.add(self.prepared[row]["slot"])

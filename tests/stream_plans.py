@@ -118,6 +118,7 @@ class Generator:
     """Makes events one after another; knows the tables and memslots that they lead to."""
 
     weights = WEIGHTS
+    never_deleted = frozenset({TABLES_SLOT})
 
     def __init__(self, name: str, kind: Kind, seed: int) -> None:
         self.name, self.kind, self.seed = name, kind, seed
@@ -287,8 +288,9 @@ class Generator:
         if missing and chance(rng, 0.8):
             self.create(one_of(rng, missing))
             return
-        identity = one_of(rng, sorted(self.slots.keys() - {TABLES_SLOT}) or [TABLES_SLOT])
-        if identity != TABLES_SLOT:
+        identities = sorted(self.slots.keys() - self.never_deleted)
+        if identities:
+            identity = one_of(rng, identities)
             del self.slots[identity]
             self.add(Op.SLOT_DELETE, address=identity)
 
