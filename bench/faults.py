@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,19 +140,24 @@ def check(context: Context, cell: Cell) -> Checked:
     return Checked({**counters, "faults": expected, "mapped_4k": mapped}, expected)
 
 
-def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
-    """Faults against the walk."""
-    rows = []
+def over_walk(suite: dict[str, pyperf.Benchmark]) -> Iterator[tuple[str, str, list[float], dict[str, int] | None]]:
+    """Each timed case: its name, the ratio to the walk of its workload, seconds of its rounds, and counters (None for the walk)."""
     for workload, strategies in by_workload(suite).items():
         times = {case: round_values(metrics["time"]) for case, metrics in strategies.items() if "time" in metrics}
         for case, own in times.items():
             ratio = ratio_text(times[WALK], own, cost=True) if WALK in times else "-"
-            counters = counters_of(strategies[case]["time"])
-            fast, flushes, pages = (counters[name] for name in ("pf_fast", "remote_tlb_flush_requests", "pages_4k"))
-            rate = f"{1 / statistics.median(own) / 1e6:.1f}"
-            is_walk = case == WALK
-            shown = ("-", "-", "-", "-") if is_walk else (rate, f"{pages:,}", f"{fast:,}", f"{flushes:,}")
-            rows.append((f"{workload} / {case}", ratio, nanoseconds(own), *shown))
+            yield f"{workload} / {case}", ratio, own, None if case == WALK else counters_of(strategies[case]["time"])
+
+
+def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
+    """Faults against the walk."""
+    rows = []
+    for name, ratio, own, counters in over_walk(suite):
+        shown = ("-", "-", "-", "-")
+        if counters is not None:
+            counted = (counters[name] for name in ("pages_4k", "pf_fast", "remote_tlb_flush_requests"))
+            shown = (f"{1 / statistics.median(own) / 1e6:.1f}", *(f"{value:,}" for value in counted))
+        rows.append((name, ratio, nanoseconds(own), *shown))
     head = ("mmu / page / fault", "cost over the walk", "ns", "million faults per second", "pages_4k", "pf_fast", "flushes")
     note = (
         "KVM's part of a fault, from the exit to the entry (no TLB is involved), one vCPU, addresses in random order: 4k: one page "

@@ -8,16 +8,15 @@ import numpy as np
 import pyperf
 
 from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed, unavailable
-from bench.results import counters_of
+from bench.faults import WALK, over_walk
 from bench.shadow_guest import WRITE, ShadowGuest
-from bench.tables import Table, by_workload, nanoseconds, ratio_text, round_values
+from bench.tables import Table, nanoseconds
 from fastmmu.audit import audit
 from fastmmu.walk import walk_column
 
 NAME = "shadow-faults"
 SIZE = 1 << 30
 WORKLOADS = {"no-prefetch": False, "prefetch": True}
-WALK = "walk"
 CASES = ("after-unmap", "first-touch")
 
 
@@ -86,16 +85,12 @@ def check(context: Context, cell: Cell) -> Checked:
 def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     """Faults against the walk, for each page."""
     rows = []
-    for workload, strategies in by_workload(suite).items():
-        times = {case: round_values(metrics["time"]) for case, metrics in strategies.items() if "time" in metrics}
-        for case, own in times.items():
-            ratio = ratio_text(times[WALK], own, cost=True) if WALK in times else "-"
-            counters = counters_of(strategies[case]["time"])
-            shown = ("-", "-", "-")
-            if case != WALK:
-                rate = f"{counters['faults'] / counters['pages'] / statistics.median(own) / 1e6:.1f}"
-                shown = (rate, f"{counters['faults']:,}", f"{counters['mmu_cache_miss']:,}")
-            rows.append((f"{workload} / {case}", ratio, nanoseconds(own), *shown))
+    for name, ratio, own, counters in over_walk(suite):
+        shown = ("-", "-", "-")
+        if counters is not None:
+            rate = f"{counters['faults'] / counters['pages'] / statistics.median(own) / 1e6:.1f}"
+            shown = (rate, f"{counters['faults']:,}", f"{counters['mmu_cache_miss']:,}")
+        rows.append((name, ratio, nanoseconds(own), *shown))
     head = ("neighbours / fault", "cost over the walk", "ns per page", "million faults per second", "faults", "mmu_cache_miss")
     note = (
         "KVM's part of a write fault, from the exit to the entry, for each page that is mapped: 1 GiB mapped by the guest "
