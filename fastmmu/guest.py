@@ -1,6 +1,6 @@
 """The guest runs: entry into it, its accesses until they are done, and KVM's emulator for those that reach a device.
 
-`access_page` is the loop in which an instruction faults, KVM handles the fault, and the instruction starts again.
+`access_bytes` is the loop in which an instruction faults, KVM handles the fault, and the instruction starts again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from fastmmu._jit import inner
 from fastmmu.bits import ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
 from fastmmu.fault import page_fault
-from fastmmu.hardware import ADDRESS_32, access_gpa, leave, translate_page, walk_and_insert
+from fastmmu.hardware import ADDRESS_32, access_gpa, leave, not_plain, translate_page, walk_and_insert
 from fastmmu.machine_state import Counter, LogKind, Outcome, Status, Stop, Touch, VcpuWord, VmWord
 from fastmmu.memslot import is_readonly, mark_dirty, note_write, slot_by_gfn
 from fastmmu.mmio import cached_gpa, match, match_gpa
@@ -52,15 +52,20 @@ def stop_reason(outcome):
 
 
 @inner(inline=True)
-def access_page(vm, vcpu, log, event, gva, access, missed, tried):
-    """Do an access within one page, however often it faults: DONE with the gpa, FAULT, EMULATED (to be done) with the gpa that
-    faulted, or STOP. With PFERR.GUEST_FINAL in `access` the address is a gpa: the guest's own tables are not asked. With `missed`
-    the TLB was asked already, and a plain walk `tried`."""
+def access_bytes(vm, vcpu, log, event, gva, size, access, missed, tried):
+    """Do an access of `size` bytes, over a page boundary if need be, however often it faults.
+
+    (DONE with the gpa, gpa of the second page or 0), or (FAULT, EMULATED, which is to be done, with the address that faulted, or
+    STOP; 0). After each exit the instruction starts again: it is fetched, then its first page is translated, then its second.
+    With PFERR.GUEST_FINAL in `access` the address is a gpa: the guest's own tables are not asked. With `missed` the TLB was asked
+    for the first page already, and a plain walk `tried`.
+    """
     physical = access & PFERR.GUEST_FINAL != ZERO
-    target, wanted = gva, access
+    second = (gva + size - ONE) & ~PAGE_OFFSET
+    target, wanted, fetching, first = gva, access, False, not_plain()
     for _ in range(ATTEMPTS):
         if is_asked(vm, vcpu) and not enter(vm, vcpu):
-            return Touch(Status.STOP, ZERO, ZERO, ZERO)
+            return not_plain(), ZERO
         if missed:
             missed = False
             count(vcpu.stat, Counter.TLB_MISSES)
@@ -73,25 +78,30 @@ def access_page(vm, vcpu, log, event, gva, access, missed, tried):
             leave(vm, vcpu)
             outcome = page_fault(vm, vcpu, touched.address, touched.pferr)
             if outcome == Outcome.EMULATE:
-                if target != gva or wanted != access:  # the instruction itself has become a device
+                if fetching:  # the instruction itself has become a device
                     stop(vm, Stop.DEVICE_FETCH, target, wanted)
-                    return Touch(Status.STOP, ZERO, ZERO, ZERO)
+                    return not_plain(), ZERO
                 if not blocked(vm, touched.pferr):
-                    return Touch(Status.EMULATED, ZERO, touched.address, touched.pferr)
+                    return Touch(Status.EMULATED, ZERO, touched.address, touched.pferr), ZERO
             elif outcome == Outcome.INJECT:
-                return Touch(Status.FAULT, ZERO, target, vcpu.own[VcpuWord.INJECTED])
+                return Touch(Status.FAULT, ZERO, target, vcpu.own[VcpuWord.INJECTED]), ZERO
             elif outcome >= Outcome.NO_TABLES:
                 stop(vm, stop_reason(outcome), touched.address, touched.pferr)
-                return Touch(Status.STOP, ZERO, ZERO, ZERO)
-            target, wanted = gva, access
-            if not physical and vcpu.own[VcpuWord.FETCH_ACCESS] != NO_FETCH:  # the instruction starts again: it is fetched first
+                return not_plain(), ZERO
+            target, wanted, fetching = gva, access, False
+            if not physical and vcpu.own[VcpuWord.FETCH_ACCESS] != NO_FETCH:
                 target, wanted = vcpu.own[VcpuWord.FETCHED], vcpu.own[VcpuWord.FETCH_ACCESS]
-        elif target != gva or wanted != access:
-            target, wanted = gva, access
+                fetching = target != gva or wanted != access
+        elif fetching:
+            target, wanted, fetching = gva, access, False
+        elif touched.status != Status.DONE or second == gva & ~PAGE_OFFSET:
+            return touched, ZERO
+        elif target == second:
+            return first, touched.gpa
         else:
-            return touched
+            target, first = second, touched
     stop(vm, Stop.NO_PROGRESS, gva, access)
-    return Touch(Status.STOP, ZERO, ZERO, ZERO)
+    return not_plain(), ZERO
 
 
 @inner
@@ -99,21 +109,6 @@ def blocked(vm, pferr):
     """A write to a guest table that KVM will not map writable is neither emulated nor mapped: it only enters again (5.3.3)."""
     table_write = PFERR.P | PFERR.W | PFERR.GUEST_PAGE
     return vm.word[VmWord.TDP] != ZERO and pferr & table_write == table_write
-
-
-@inner(inline=True)
-def access_bytes(vm, vcpu, log, event, gva, size, access, missed, tried):
-    """An access of `size` bytes, over a page boundary if need be: (Touch of the first page, gpa of the second or 0)."""
-    page, first = gva, Touch(Status.DONE, ZERO, ZERO, ZERO)
-    end = gva + size - ONE
-    while True:
-        touched = access_page(vm, vcpu, log, event, page, access, missed, tried)
-        missed = False
-        if touched.status != Status.DONE or end >> PAGE_SHIFT == gva >> PAGE_SHIFT:
-            return touched, ZERO
-        if page != gva:
-            return first, touched.gpa
-        page, first = end & ~PAGE_OFFSET, touched
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------

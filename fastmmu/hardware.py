@@ -163,7 +163,7 @@ def leaves(address, pferr):
 
 @inner
 def not_plain():
-    """What a plain walk answers where the case is not plain."""
+    """What a plain walk answers where the case is not plain, and an access where the replay stops."""
     return Touch(Status.STOP, ZERO, ZERO, ZERO)
 
 

@@ -371,6 +371,23 @@ def recycled_unsync() -> Document:
     return b.document()
 
 
+def recycled_first_page() -> Document:
+    """A small limit: the fault of a store's second page recycles the table of its first, which faults when the store starts again."""
+    b = Builder(SHADOW)
+    wide(b, 110)
+    for i in range(100):
+        b.tables.map(DATA + (i + 1) * MIB2 - PAGE, DATA_GPA + (440 + i % 8) * PAGE)
+    b.slot(1, DATA_GPA, 448 * PAGE)
+    b.limit(64)
+    b.warm()
+    edge = DATA + 4 * MIB2
+    for regions in range(44, 56):  # some of them leave no room for the second page
+        b.guest(("W8", edge - PAGE, 1), ("LOOPR", edge + 2 * MIB2, MIB2, regions), ("W8", edge - 3, 2), ("R8", edge - 5))
+        b.delete(1)
+        b.slot(1, DATA_GPA, 448 * PAGE)
+    return b.document()
+
+
 def logged_tables(manual: int = 0) -> Document:
     """The slot with the page tables logs dirty pages: A, D, stores to leaf tables and to upper ones."""
     b = Builder(SHADOW)
@@ -742,7 +759,7 @@ SHADOW_NAMED: dict[str, Callable[[], Document]] = {
     **{f"tables_in_huge_pages_{host}": lambda host=host: tables_in_huge_pages(host) for host in ("4K", "2M")},
     "devices_and_memory_uncached": lambda: devices_and_memory(False),
     **{make.__name__: make for make in (
-        odd_writes, role_changes, recursive, many_unsync, recycled_unsync, deleted_unsync, devices_and_memory, long_lists, user_pages, host_edits, host_relinks,
+        odd_writes, role_changes, recursive, many_unsync, recycled_unsync, recycled_first_page, deleted_unsync, devices_and_memory, long_lists, user_pages, host_edits, host_relinks,
     )},
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ KVM = ("tests/test_kvm_rules.py", "tests/test_scenarios.py")
 STREAMS = ("tests/test_kvm_rules.py", "tests/test_streams.py")
 SHADOW = ("tests/test_shadow_rules.py", "tests/test_scenarios.py")
 TLB_KEYS = ("tests/test_streams.py::test_protection_keys_bind_accesses_that_the_tlb_serves",)
+FIRST_PAGE = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[recycled_first_page]",)
 MANY_UNSYNC = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[many_unsync]",)
 
 
@@ -226,6 +227,7 @@ MUTANTS = (
     Mutant("a root that was let go stays", "shadow.py", "        zap(vm, stat, table)\n\n\n@inner\ndef zap_obsolete", "        pass\n\n\n@inner\ndef zap_obsolete", SHADOW),
     Mutant("a long list is kept", "rmap.py", "    if had > LONGEST:", "    if False:", SHADOW),
     Mutant("collapsible leaves of the guest's tables go too", "dirty_log.py", 'if page["role"] & DIRECT != NONE and level', "if level", SHADOW),
+    Mutant("only the second page starts again", "guest.py", "elif fetching:\n            target, wanted", "elif fetching:\n            target = second if first.status == Status.DONE else gva\n            _, wanted", FIRST_PAGE),
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from fastmmu.trace.scenario import Scenario, load_scenario
 from fastmmu.validate import NAMES, NOT_EXACT, TABLE_AREAS, Replay, Seen, table_words
 
 SHADOW_KINDS: set[str] = set()
-REFETCHED = ("recycled-tdp_n",)
+REFETCHED = ("recycled-tdp_n", "recycled_first_page")
 LOADS = ("R8", "R4", "CMPX")
 
 
@@ -188,7 +188,7 @@ def test_named_variants_come_out_the_same(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", REFETCHED)
 def test_the_second_fetch_is_what_differs(tmp_path: Path, name: str) -> None:
     """These variants need the reference to fetch again; without, they differ, after shadow pages were recycled."""
-    outcome = compare(NAMED[name](), tmp_path)
+    outcome = compare((NAMED | SHADOW_NAMED)[name](), tmp_path)
     assert outcome.found
     assert outcome.recycled
 
