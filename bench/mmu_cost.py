@@ -132,6 +132,7 @@ def timed(context: Context, cell: Cell) -> Timed:
     def renew() -> None:
         fresh[:] = [machine_for(workload, KVMS[cell.strategy])]
         fresh[0].check(workload.events)
+        fresh[0].populate()
 
     start: dict[str, int] = {}
 

@@ -69,6 +69,7 @@ def timed(context: Context, cell: Cell) -> Timed:
     def renew() -> None:
         fresh[:] = [machine_for(context.workload, kvm_of(cell))]
         fresh[0].check(context.workload.events)
+        fresh[0].populate()
 
     once = lambda: replay_stream(context.workload, fresh[0], checked=True)  # noqa: E731
     return Timed(once, renew, lambda: digest_of(fresh[0]), accesses(context))

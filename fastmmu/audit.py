@@ -15,7 +15,7 @@ from fastmmu.bits import ACC, GPTE64, MMIO_SPTE, NPT_SPTE
 from fastmmu.hardware import FOUR_ROOTS
 from fastmmu.machine import Machine
 from fastmmu.machine_state import PREVIOUS_ROOTS, REQUESTS, TABLE_WORDS, Request, SlotFlag, VcpuWord, VmWord
-from fastmmu.tlb import DIRTY, EPOCH_SHIFT, EXECUTE, PAGE_NUMBER
+from fastmmu.tlb import DIRTY, EPOCH, EXECUTE, PAGE_NUMBER
 
 PAGE_COUNTERS = {1: "pages_4k", 2: "pages_2m", 3: "pages_1g"}
 FLUSHING = int(Request.TLB_FLUSH | Request.TLB_FLUSH_CURRENT | Request.LOAD_ROOT | Request.FREE_OBSOLETE_ROOTS)
@@ -178,10 +178,11 @@ def check_tlb(state: State, vcpu: int) -> None:
     machine, word = state.machine, state.word
     if int(word[REQUESTS + vcpu]) & FLUSHING or not machine.state.own[vcpu, VcpuWord.ROOT]:
         return
-    entries, epoch = machine.state.tlb[vcpu, :-1, :-1].reshape(-1, 2), machine.state.tlb[vcpu, -1, 0, 0]
-    entries = entries[entries[:, 0] >> EPOCH_SHIFT == epoch]
+    rows, epoch = machine.state.tlb[vcpu, :-1, 1:], machine.state.tlb[vcpu, -1, 0]
+    tags, entries = (half.reshape(-1) for half in np.hsplit(rows, 2))
+    valid = tags & EPOCH == epoch
     by_gva = word[VmWord.TDP] == 0
-    for tag, entry in entries.tolist():
+    for tag, entry in zip(tags[valid].tolist(), entries[valid].tolist(), strict=True):
         gfn = (entry & int(GPTE64.ADDR)) >> 12
         page = tag & int(PAGE_NUMBER) if by_gva else gfn
         spte, level = lookup(state, vcpu, page)

@@ -48,7 +48,7 @@ from fastmmu.tdp import link_table, set_spte, zap_huge
 from fastmmu.unsync import is_write_tracked
 
 FAST_RETRIES = 4
-MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATION), int(VcpuWord.PML_LOG)
+MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATION), int(VcpuWord.MMIO_GENERATION) + 1
 
 
 @inner(inline=True)

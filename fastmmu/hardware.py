@@ -14,7 +14,7 @@ from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, PF
 from fastmmu.machine_state import PML_ENTRIES, Counter, Status, Touch, VcpuWord, VmWord
 from fastmmu.memslot import mark_dirty, note_write, slot_by_gfn
 from fastmmu.paging import LONG4
-from fastmmu.permission import key_fault, permission_fault
+from fastmmu.permission import fault_kind, key_fault, permission_fault
 from fastmmu.pool import NO_TABLE, count
 from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_last, is_writable, pfn_of
 from fastmmu.state import NO_SLOT, Reg
@@ -37,11 +37,10 @@ ACCESS_BITS = PFERR.W | PFERR.U | PFERR.F
 TABLE_ACCESS = PFERR.U | PFERR.GUEST_PAGE
 FINAL_ACCESS = PFERR.U | PFERR.GUEST_FINAL
 PAE_ROOT_SHIFT, PAE_ROOT_MASK = np.uint64(18), np.uint64(3)
-PAE_LEVEL = np.uint64(2)
+PAE_LEVEL, FOUR_LEVELS = np.uint64(2), np.uint64(4)
 ADDRESS_32 = field(31, 0)
 POINTER_MASK = NPT_SPTE.MMU_PRESENT | NPT_SPTE.PS
 ENTRY_SHIFT = np.uint64(3)
-FETCH_SHIFT = np.uint64(4 - 1)
 FOUR_ROOTS = ALL_ONES  # instead of a root: the four of PAE paging
 NOWHERE = ALL_ONES  # instead of the index of an spte: the entry faults
 
@@ -138,6 +137,18 @@ def use_spte(vm, vcpu, index, gfn, write):
     return spte
 
 
+@inner(inline=True)
+def descend(spt, table, page, level):
+    """(index, spte, level) of the lowest entry for a page under a table of `level`."""
+    index = entry_of(table, page, level)
+    spte = load(spt, index)
+    while level > ONE and spte & POINTER_MASK == NPT_SPTE.MMU_PRESENT:
+        level -= ONE
+        index = entry_of(pfn_of(spte), page, level)
+        spte = load(spt, index)
+    return index, spte, level
+
+
 @inner
 def touch_gpa(vm, vcpu, gpa, access):
     """One access to a guest physical address: (True, spte), or (False, error code)."""
@@ -207,32 +218,33 @@ def walk_shadow(vm, vcpu, gva, access):
     return Touch(Status.DONE, remember_leaf(vm, vcpu, gva, spte, level), ZERO, ZERO)
 
 
+@inner
+def needs_of(word, access):
+    """(bits that a leaf must hold for the processor to use it without more ado, bits that it must not)."""
+    kind = ONE if access & PFERR.W != ZERO else ONE + ONE if access & PFERR.F != ZERO else ZERO
+    return word[np.uint64(VmWord.USE_READ) + kind], word[np.uint64(VmWord.NOT_READ) + kind]
+
+
 @inner(inline=True)
 def walk_shadow_plainly(vm, vcpu, gva, access):
     """The plain case of it: nothing denied; or nothing mapped, which exits."""
-    page, word = gva >> PAGE_SHIFT, vm.word
-    table, level = root_for(vm, vcpu, page)
-    if table == NO_TABLE:
-        return not_plain()
-    index = entry_of(table, page, level)
-    spte = load(vm.spt, index)
-    while spte & POINTER_MASK == NPT_SPTE.MMU_PRESENT and level > ONE:
-        level -= ONE
-        index = entry_of(pfn_of(spte), page, level)
-        spte = load(vm.spt, index)
-    kind = ((access & PFERR.W) >> ONE) | ((access & PFERR.F) >> FETCH_SHIFT)
-    needed, forbidden = word[np.uint64(VmWord.USE_READ) + kind], word[np.uint64(VmWord.NOT_READ) + kind]
-    missing = needed & ~spte
-    if missing & ~(word[VmWord.ACCESSED] | word[VmWord.DIRTY]) | spte & forbidden != ZERO:
+    word, page = vm.word, gva >> PAGE_SHIFT
+    table, level = root_for(vm, vcpu, page)  # NO_TABLE has a row, too, in which nothing is
+    if level == FOUR_LEVELS:  # a constant unrolls the loop: 12.4 against 13.0 ns per record that mostly walk
+        index, spte, level = descend(vm.spt, table, page, FOUR_LEVELS)
+    else:
+        index, spte, level = descend(vm.spt, table, page, level)
+    kind = fault_kind(vcpu.mmu, access)
+    needed, mask = vcpu.own[np.uint64(VcpuWord.LEAF_BITS) + kind], vcpu.own[np.uint64(VcpuWord.LEAF_MASK) + kind]
+    if spte & mask != needed:
         if spte & word[VmWord.HARDWARE_PRESENT] == ZERO:
             return leaves(gva, access & ACCESS_BITS)
         if spte & word[VmWord.MMIO_MASK] == word[VmWord.MMIO_VALUE]:
             return leaves(gva, reserved_code(word, access & ACCESS_BITS))
-        return not_plain()
-    if permission_fault(vcpu.mmu, rights_of(word, spte), access):
-        return not_plain()
-    if missing != ZERO:  # A or D: what was mapped without being asked for has neither
-        fetch_or(vm.spt, index, missing)
+        missing = needed & (word[VmWord.ACCESSED] | word[VmWord.DIRTY]) & ~spte
+        if (spte | missing) & mask != needed:
+            return not_plain()
+        fetch_or(vm.spt, index, missing)  # what was mapped without being asked for has neither A nor D
         spte |= missing
     return Touch(Status.DONE, remember_leaf(vm, vcpu, gva, spte, level), ZERO, ZERO)
 
@@ -323,10 +335,7 @@ def walk_guest(vm, vcpu, gva, access):
 @inner(inline=True)
 def is_usable(spt, table, level, gfn, needed, forbidden):
     """(whether a leaf maps `gfn` that holds all bits of `needed` and none of `forbidden`, the leaf)."""
-    spte = load(spt, entry_of(table, gfn, level))
-    while spte & POINTER_MASK == NPT_SPTE.MMU_PRESENT and level > ONE:
-        level -= ONE
-        spte = load(spt, entry_of(pfn_of(spte), gfn, level))
+    _, spte, _ = descend(spt, table, gfn, level)
     return spte & (needed | forbidden) == needed, spte
 
 
@@ -367,8 +376,7 @@ def walk_plainly(vm, vcpu, gva, access):
         table = gpte & LONG4.root
         level -= ONE
     gpa = page_gpa(LONG4, gpte, gva, level)
-    kind = ((access & PFERR.W) >> ONE) | ((access & PFERR.F) >> FETCH_SHIFT)  # 0 read, 1 write, 2 fetch
-    needed, forbidden = word[np.uint64(VmWord.USE_READ) + kind], word[np.uint64(VmWord.NOT_READ) + kind]
+    needed, forbidden = needs_of(word, access)
     usable, spte = is_usable(vm.spt, root, top, gpa >> PAGE_SHIFT, needed, forbidden)
     if not usable:
         mapped, spte = touch_gpa(vm, vcpu, gpa, final_access(vm, access))

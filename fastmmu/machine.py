@@ -134,8 +134,8 @@ class Machine:
 
         mmu = MmuState(rows(len(Reg)), rows(16), np.zeros((count, 16), np.uint8), rows(16, len(PlainColumn)))
         own, stat = rows(VCPU_WORDS), np.zeros((count, len(Counter)), np.int64)
-        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets + 1, ways + 1, 2), stat)
-        self.state.tlb[:, -1, 0, 0] = 1  # the first epoch
+        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets + 1, 1 + 2 * (-(-ways // 4) * 4)), stat)
+        self.state.tlb[:, -1, 0], self.state.tlb[:, -1, 1] = 1 << 52, ways
         self.state.own[:, VcpuWord.NUMBER] = np.arange(count)
         mmu.reg[:, Reg.GENERATION] = self.kvm.generation
         row = self.registers(cpu)
@@ -228,6 +228,17 @@ class Machine:
         if len(slots) <= len(self._prepared):
             slots = np.append(slots, np.zeros(len(slots), MEMSLOT))
         self.vm = self.vm._replace(mem=self.vm.mem._replace(slots=slots))
+
+    def populate(self, tables: int = 1024) -> None:
+        """Touch the words of the memslots, the first `tables` tables and their descriptors, and leave them as they are.
+
+        A kernel's memory is there before it is used. Here the first touch of each 4 KiB is a page fault of the host, 2.3 us
+        within a virtual machine: 8 % of a replay of 900,000 records that should be KVM's own time.
+        """
+        vm, used = self.vm, tables * TABLE_WORDS
+        for words in (vm.slot_words[: self.slot_words_used], vm.spt[:used], vm.shadowed[:used], vm.desc[: 2 * used]):
+            words[:: PAGE_SIZE // 8] |= np.uint64(0)
+        vm.page["gfn"][:tables] |= np.uint64(0)
 
     # --- running it
 

@@ -193,7 +193,9 @@ class VcpuWord(IntEnum):
     PREVIOUS_ROOT = 20  # the roots kept besides, the newest first,
     PREVIOUS_PGD = 23  # and theirs
     INJECTED = 26  # error code of the #PF that KVM injects
-    PML_LOG = 27  # gfns that page-modification logging noted
+    LEAF_BITS = 27  # under shadow paging, by fault kind: what a leaf must hold for the processor to use it without more ado,
+    LEAF_MASK = 43  # among these bits
+    PML_LOG = 59  # gfns that page-modification logging noted
 
 
 PREVIOUS_ROOTS = 3
@@ -336,7 +338,7 @@ class VcpuState(NamedTuple):
     mmu: MmuState
     trail: np.ndarray  # uint64[TRAIL_LENGTH]
     own: np.ndarray  # uint64[VCPU_WORDS]
-    tlb: np.ndarray  # uint64[sets + 1, ways + 1, 2], see tlb.py
+    tlb: np.ndarray  # uint64[sets + 1, 1 + 2 * ways rounded up to fours], see tlb.py
     stat: np.ndarray  # int64[len(Counter)]: a gauge that one vCPU raises another may lower
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from fastmmu import machine_state
 from fastmmu._jit import inner
-from fastmmu.bits import CR0, CR3, CR4, EFER, GPTE64, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO, field
-from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT
+from fastmmu.bits import ACC, CR0, CR3, CR4, EFER, GPTE64, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO, field
+from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT, needs_of
 from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, Request, Stop, VcpuWord, VmWord
 from fastmmu.memory import find_slot
 from fastmmu.paging import TWO_LEVEL
@@ -365,6 +365,21 @@ def set_role(vm, vcpu):
     own, mode = vcpu.own, vcpu.mmu.reg[Reg.MODE]
     own[VcpuWord.ROOT_LEVEL] = root_levels(vm.word, mode)
     own[VcpuWord.ROOT_ROLE] = root_role(vm.word, mode, own[VcpuWord.CR0], own[VcpuWord.CR4]) & ~ROLE.LEVEL
+    for kind in range(len(vcpu.mmu.permissions)):
+        set_leaf_bits(vm.word, vcpu, np.uint64(kind))
+
+
+@inner
+def set_leaf_bits(word, vcpu, kind):
+    """What a leaf must hold, and what not, for accesses of one kind: as for any leaf, and U as SMEP and SMAP have it."""
+    access, denied = kind << ONE, np.uint64(vcpu.mmu.permissions[kind])
+    needed, forbidden = needs_of(word, access)
+    if denied >> (ACC.W | ACC.X) & ONE != ZERO:
+        needed |= ACC.U
+    if denied >> ACC.ALL & ONE != ZERO:
+        forbidden |= ACC.U
+    vcpu.own[np.uint64(VcpuWord.LEAF_BITS) + kind] = needed
+    vcpu.own[np.uint64(VcpuWord.LEAF_MASK) + kind] = needed | forbidden
 
 
 # --- entry -----------------------------------------------------------------------------------------------------------------

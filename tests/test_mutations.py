@@ -126,7 +126,7 @@ MUTANTS = (
     Mutant("tables only read", "hardware.py", "        table_access |= PFERR.W\n    while True", "        pass\n    while True", STREAMS),
     Mutant("no page-modification logging", "hardware.py", "            log_modification(vm, vcpu, gfn)", "            pass", STREAMS),
     Mutant("INVLPG forgets nothing", "tlb.py", "                if (tag & PAGE_NUMBER) >> shift == page >> shift:", "                if False:", STREAMS),
-    Mutant("a flush forgets nothing", "tlb.py", "    epoch = tlb[last, 0, 0] + ONE", "    epoch = tlb[last, 0, 0]", STREAMS),
+    Mutant("a flush forgets nothing", "tlb.py", "    tlb[last, 0] += FIRST_EPOCH", "    tlb[last, 0] += ZERO", STREAMS),
     Mutant("requested flushes counted, not done", "roots.py", "    count(vcpu.stat, Counter.TLB_FLUSH)\n    flush(vcpu.tlb)", "    count(vcpu.stat, Counter.TLB_FLUSH)", STREAMS),
     Mutant("requests served once", "roots.py", "    while is_asked(vm, vcpu):", "    if is_asked(vm, vcpu):", SHADOW),
     Mutant("the emulator's A bits not logged", "shadow_fault.py", "            mark_dirty(vm, vm.mem.slots[number], table >> PAGE_SHIFT)\n", "", SHADOW),
@@ -228,6 +228,10 @@ MUTANTS = (
     Mutant("a long list is kept", "rmap.py", "    if had > LONGEST:", "    if False:", SHADOW),
     Mutant("collapsible leaves of the guest's tables go too", "dirty_log.py", 'if page["role"] & DIRECT != NONE and level', "if level", SHADOW),
     Mutant("only the second page starts again", "guest.py", "elif fetching:\n            target, wanted", "elif fetching:\n            target = second if first.status == Status.DONE else gva\n            _, wanted", FIRST_PAGE),
+    Mutant("a plain walk forgets the leaf's U", "roots.py", "        needed |= ACC.U\n", "        pass\n", SHADOW),
+    Mutant("a plain walk forgets SMEP and SMAP", "roots.py", "        forbidden |= ACC.U\n", "        pass\n", SHADOW),
+    Mutant("a plain walk sets no D", "hardware.py", "        fetch_or(vm.spt, index, missing)  #", "        # fetch_or(vm.spt, index, missing)", SHADOW),
+    Mutant("epochs run out", "tlb.py", "    if tlb[last, 0] == ZERO:", "    if False:", ("tests/test_streams.py",)),
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_kvm_rules import DEVICE, GIB, LOG, LONG, MMUS, PAGE, READONLY, TWO_MIB, Guest, R, W, X
 
-from fastmmu.bits import CR0, CR3, CR4, EFER, NPT_SPTE
+from fastmmu.bits import CR0, CR3, CR4, EFER, NPT_SPTE, RFLAGS
 from fastmmu.events import Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import MachineError
@@ -520,6 +520,19 @@ def test_a_write_without_write_protect_takes_the_page_from_the_user(guest: Shado
         assert guest.touch(0, USER)["pf_fixed"] == 1
         assert guest.spte(0) & int(NPT_SPTE.U)
         assert not guest.spte(0) & int(NPT_SPTE.W)
+
+
+@pytest.mark.parametrize(
+    ("cr4", "rflags", "access", "expected"),
+    [(CR4.SMEP, 0, X, 0x11), (CR4.SMEP, 0, R, -1), (CR4.SMAP, 0, R, 1), (CR4.SMAP, 0, W, 3), (CR4.SMAP, RFLAGS.AC, W, -1), (CR4.SMAP, 0, X, -1)],
+)
+def test_the_supervisor_at_a_page_of_the_user(cr4: int, rflags: int, access: int, expected: int) -> None:
+    """Facts 1.4: SMEP and SMAP bind it, by the U of a leaf that is there already; whether the TLB has it or not."""
+    guest = Shadowed(registers={**LONG, "cr4": int(CR4.PAE | cr4), "rflags": int(rflags)})
+    for user in (W | USER, X | USER):
+        guest.touch(0, user)
+    assert guest.fault(0, access) == expected
+    assert guest.fault(0, access) == expected
 
 
 def test_a_refused_access_reads_the_entry_again(guest: Shadowed) -> None:
