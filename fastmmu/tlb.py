@@ -93,12 +93,12 @@ def insert(tlb, gva, gpa, rights, level, dirty, execute):
 def flush(tlb):
     """Forget everything: begin another epoch; when their numbers are used up, clear the tags."""
     last = tlb.shape[0] - 1
-    tlb[last, 0] += FIRST_EPOCH
-    if tlb[last, 0] == ZERO:
+    if tlb[last, 0] == EPOCH:
         for index in range(last):
             for i in range(ONE, room_of(tlb) + ONE):
                 tlb[index, i] = ZERO
-        tlb[last, 0] = FIRST_EPOCH
+        tlb[last, 0] = ZERO
+    tlb[last, 0] += FIRST_EPOCH
 
 
 @inner

@@ -21,7 +21,7 @@ from fastmmu.paging import Cpu
 WRITE, USER, FETCH, PK = int(PFERR.W), int(PFERR.U), int(PFERR.F), int(PFERR.PK)
 P, W, U, A, D = (int(getattr(GPTE64, name)) for name in ("P", "W", "U", "A", "D"))
 STREAMS, EVENTS = sized(2, 1), sized(2000, 200)
-STAND_IN_STREAMS = 4
+STAND_IN_STREAMS, MOST_STREAMS = 4, 8
 OFF = Cpu(cr0=int(CR0.PE), cr3=0, cr4=0, efer=0)
 PAGING = Cpu(
     cr0=int(CR0.PE | CR0.PG | CR0.WP), cr3=0x1000, cr4=int(CR4.PAE | CR4.PKE), efer=int(EFER.LME | EFER.LMA | EFER.NX), pkru=0b1000
@@ -36,11 +36,13 @@ SHADOW = Kvm(tdp=False, tdp_mmu=False)
 
 @pytest.mark.parametrize("name", KINDS)
 def test_random_streams(name: str, seed: int) -> None:
+    wanted = {"device accesses", "STORE", "pf_taken"} | ({"faults"} if KINDS[name].levels else set())
     totals: Counter[str] = Counter()
-    for number in range(STREAMS):
+    for number in range(MOST_STREAMS):  # a short one may lack something
         totals += run(plan(name, (seed + number) % 2**32, EVENTS))
-    assert totals["faults"] or not KINDS[name].levels
-    assert totals["device accesses"] and totals["STORE"] and totals["pf_taken"]
+        if number + 1 >= STREAMS and wanted <= set(totals):
+            return
+    raise AssertionError(f"{MOST_STREAMS} streams without {wanted - set(totals)}")
 
 
 @pytest.mark.parametrize("name", ["shadow-2", "shadow-4-initially"])
