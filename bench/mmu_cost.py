@@ -21,8 +21,9 @@ from fastmmu.bits import PAGE_SHIFT, PFERR
 from fastmmu.events import Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine
+from fastmmu.machine_state import LogKind
 from fastmmu.state import Reg
-from fastmmu.stream import machine_for, replay_stream
+from fastmmu.stream import CHUNK, machine_for, replay_stream
 from fastmmu.vm import Vm, Workload
 from fastmmu.walk import walk_addresses
 
@@ -87,7 +88,18 @@ def check(context: Context, cell: Cell) -> Checked:
     replay_stream(workload, machine)
     audit(machine)
     counters = {name: value - before[name] for name, value in machine.counters().items()}
-    return Checked({**counters, "accesses": accesses_of(context, cell)}, digest_of(machine, before))
+    counters |= {"accesses": accesses_of(context, cell), "refaults": refaults(workload, kvm)}
+    return Checked(counters, digest_of(machine, before))
+
+
+def refaults(workload: Workload, kvm: Kvm) -> int:
+    """Page faults that exit to KVM at a page where one did before."""
+    machine = machine_for(workload, kvm)
+    machine.configure(log_faults=True)
+    chunks = [workload.events[start : start + CHUNK] for start in range(0, len(workload.events), CHUNK)]
+    logs = np.concatenate([machine.run(chunk).log for chunk in chunks])
+    pages = logs["address"][logs["kind"] == LogKind.EXIT] >> PAGE_SHIFT
+    return len(pages) - len(np.unique(pages))
 
 
 def digest_of(machine: Machine, before: dict[str, int]) -> int:
@@ -153,11 +165,11 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
         for strategy, own in times.items():
             ratio = ratio_text(times[plain], own, cost=True) if plain else "-"
             counters = counters_of(strategies[strategy]["time"])
-            names = ("exits_no_irq", "pf_fixed", "mmio_exits", "tlb_hits", "tlb_misses", "stores")
+            names = ("exits_no_irq", "pf_fixed", "refaults", "mmio_exits", "tlb_hits", "tlb_misses", "stores")
             shown = counts(counters, *names) if "tlb_hits" in counters else ("-",) * len(names)
             tlb = "-" if strategy == plain else "x".join(map(str, KVMS[strategy].tlb))
             rows.append((strategy, ratio, nanoseconds(own), tlb, *shown))
-        counted = ("exits", "pf_fixed", "device", "TLB hits", "TLB misses", "stores")
+        counted = ("exits", "pf_fixed", "refaults", "device", "TLB hits", "TLB misses", "stores")
         head = ("work", f"cost over the {plain}", "ns per record", "TLB", *counted)
         warm = "memory records of one address space that cause no exit"
         kind = warm if workload.endswith(WARM) else "the whole stream, from the first fault on"

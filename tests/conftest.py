@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is not installed; it runs from the checkout
 SHARED = ROOT.parent / "shared"
-SEED = int(os.environ.get("FASTMMU_SEED", random.SystemRandom().randrange(1 << 32)))
+SEED = int(os.environ.setdefault("FASTMMU_SEED", str(random.SystemRandom().randrange(1 << 32))))  # workers inherit it
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
