@@ -51,7 +51,7 @@ class Guest:
 
     def fault(self, pferr: np.uint64) -> int:
         """All faults, one after another; how many were fixed."""
-        return fault_column(self.machine.vm, self.machine.state, self.gpas, pferr)
+        return fault_column(self.machine.vm, self.machine.state, np.uint64(0), self.gpas, pferr)
 
     def recreate(self) -> None:
         """The memslot goes and comes: nothing is mapped, no table is left but the root."""

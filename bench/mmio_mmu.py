@@ -62,7 +62,7 @@ def timed(context: Context, cell: Cell) -> Timed:
     gpas = workload.events["value"][workload.events["op"] == Op.DEVICE].copy()
     reserved = PFERR.P | PFERR.RSVD if kvm.mmio_caching else np.uint64(0)
     pferr = PFERR.GUEST_FINAL | PFERR.U | reserved
-    return Timed(lambda: fault_column(machine.vm, machine.state, gpas, pferr), lambda: None, lambda: 0, len(gpas))
+    return Timed(lambda: fault_column(machine.vm, machine.state, np.uint64(0), gpas, pferr), lambda: None, lambda: 0, len(gpas))
 
 
 def why_not(context: Context, cell: Cell) -> str:

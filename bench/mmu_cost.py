@@ -88,7 +88,8 @@ def check(context: Context, cell: Cell) -> Checked:
     replay_stream(workload, machine)
     audit(machine)
     counters = {name: value - before[name] for name, value in machine.counters().items()}
-    counters |= {"accesses": accesses_of(context, cell), "refaults": refaults(workload, kvm)}
+    again = 0 if cell.workload.endswith(WARM) else refaults(workload, kvm)
+    counters |= {"accesses": accesses_of(context, cell), "refaults": again}
     return Checked(counters, digest_of(machine, before))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench import (
     access_checks,
+    fast_faults,
     faults,
     mmio_cache,
     mmio_mmu,
@@ -21,6 +22,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         mmio_cache.EXPERIMENT,
         access_checks.EXPERIMENT,
+        fast_faults.EXPERIMENT,
         replay_cost.EXPERIMENT,
         walk_speed.EXPERIMENT,
         walk_speed.THREADS,

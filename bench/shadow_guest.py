@@ -65,7 +65,7 @@ class ShadowGuest:
 
     def fault(self, gvas: np.ndarray) -> int:
         """KVM's part of a write fault at each address; how many were fixed."""
-        return int(fault_column(self.machine.vm, self.machine.state, gvas, WRITE))
+        return int(fault_column(self.machine.vm, self.machine.state, np.uint64(0), gvas, WRITE))
 
     def recreate(self) -> None:
         """The memslots go and come: nothing is shadowed but the root."""

@@ -85,5 +85,5 @@ def rates(counters: dict[str, int]) -> tuple[str, str]:
 
 
 def counts(counters: dict[str, int], *names: str) -> tuple[str, ...]:
-    """Counters as text."""
-    return tuple(f"{counters[name]:,}" for name in names)
+    """Counters as text; "-" for one that older results do not have."""
+    return tuple(f"{counters[name]:,}" if name in counters else "-" for name in names)

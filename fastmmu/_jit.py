@@ -179,6 +179,8 @@ if JIT:
 
     fetch_or = _read_modify_write("or")
     fetch_and = _read_modify_write("and")
+    fetch_add = _read_modify_write("add")
+    fetch_sub = _read_modify_write("sub")
     exchange = _read_modify_write("xchg")
 
     @intrinsic
@@ -190,6 +192,39 @@ if JIT:
             return builder.load_atomic(pointer, "monotonic", array.dtype.bitwidth // 8)
 
         return array.dtype(array, index), codegen
+
+    @intrinsic
+    def store(typingctx, array, index, value):
+        """Atomic store (release): everything written before it is seen by whoever sees it."""
+
+        def codegen(context, builder, signature, args):
+            pointer = _element(context, builder, signature, args)
+            builder.store_atomic(_operand(context, builder, signature, args, 2), pointer, "release", array.dtype.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(array, index, value), codegen
+
+    @intrinsic
+    def pause(typingctx):
+        """Tell the processor that this is a loop which waits for another one."""
+
+        def codegen(context, builder, signature, args):
+            function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
+            builder.call(function, [])
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    @intrinsic
+    def cycles(typingctx):
+        """The processor's time-stamp counter."""
+
+        def codegen(context, builder, signature, args):
+            word = ir.IntType(64)
+            function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, []), "llvm.readcyclecounter")
+            return builder.call(function, [])
+
+        return types.uint64(), codegen
 
     @intrinsic
     def prefetch(typingctx, array, index):
@@ -231,6 +266,18 @@ else:
         array[index] = seen & value
         return seen
 
+    def fetch_add(array, index, value):
+        """Plain twin of the atomic instruction."""
+        seen = array[index]
+        array[index] = seen + value
+        return seen
+
+    def fetch_sub(array, index, value):
+        """Plain twin of the atomic instruction."""
+        seen = array[index]
+        array[index] = seen - value
+        return seen
+
     def exchange(array, index, value):
         """Plain twin of the atomic instruction."""
         seen = array[index]
@@ -240,6 +287,17 @@ else:
     def load(array, index):
         """Plain twin of the atomic instruction."""
         return array[index]
+
+    def store(array, index, value):
+        """Plain twin of the atomic instruction."""
+        array[index] = value
+
+    def pause():
+        """Nothing to do without compiled code."""
+
+    def cycles():
+        """Nanoseconds instead."""
+        return np.uint64(time.perf_counter_ns())
 
     def prefetch(array, index):
         """Nothing to do without compiled code."""

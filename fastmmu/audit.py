@@ -14,7 +14,7 @@ from fastmmu.audit_state import State, fail, must, spte_list
 from fastmmu.bits import ACC, GPTE64, MMIO_SPTE, NPT_SPTE
 from fastmmu.hardware import FOUR_ROOTS
 from fastmmu.machine import Machine
-from fastmmu.machine_state import PREVIOUS_ROOTS, REQUESTS, TABLE_WORDS, Request, SlotFlag, VcpuWord, VmWord
+from fastmmu.machine_state import PER_VCPU, PREVIOUS_ROOTS, TABLE_WORDS, Request, SlotFlag, VcpuWord, VmWord
 from fastmmu.tlb import DIRTY, EPOCH, EXECUTE, PAGE_NUMBER
 
 PAGE_COUNTERS = {1: "pages_4k", 2: "pages_2m", 3: "pages_1g"}
@@ -176,7 +176,7 @@ def check_dirty_log(state: State) -> None:
 def check_tlb(state: State, vcpu: int) -> None:
     """No TLB entry gives more than the sptes, unless a flush is on its way (facts 9.5)."""
     machine, word = state.machine, state.word
-    if int(word[REQUESTS + vcpu]) & FLUSHING or not machine.state.own[vcpu, VcpuWord.ROOT]:
+    if int(word[VmWord.REQUESTS + PER_VCPU * vcpu]) & FLUSHING or not machine.state.own[vcpu, VcpuWord.ROOT]:
         return
     rows, epoch = machine.state.tlb[vcpu, :-1, 1:], machine.state.tlb[vcpu, -1, 0]
     tags, entries = (half.reshape(-1) for half in np.hsplit(rows, 2))

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from fastmmu.bits import ACC, NPT_SPTE, ROLE
+from fastmmu.bits import ACC, EPT_SPTE, NPT_SPTE, ROLE
 from fastmmu.machine import Machine
 from fastmmu.machine_state import TABLE_WORDS, VmWord
 
@@ -37,7 +37,7 @@ class State:
         self.page = vm.page[self.rows]
         self.level = self.page["level"].astype(np.uint64)[:, None]
         self.index = self.rows.astype(np.uint64)[:, None] * np.uint64(TABLE_WORDS) + np.arange(TABLE_WORDS, dtype=np.uint64)
-        self.spte = vm.spt.reshape(-1, TABLE_WORDS)[self.rows]
+        self.spte = with_access(vm.spt.reshape(-1, TABLE_WORDS)[self.rows], self.word)
         self.present = self.spte & NPT_SPTE.MMU_PRESENT != 0
         last = (self.level == 1) | (self.spte & NPT_SPTE.PS != 0)
         self.leaf, self.table = self.present & last, self.present & ~last
@@ -71,6 +71,16 @@ class State:
         start, pages = int(slot[name]), int(slot["pages"])
         words = self.machine.vm.slot_words[start : start - (-pages // 64)]
         return np.unpackbits(words.view(np.uint8), bitorder="little")[:pages].astype(bool)
+
+
+def with_access(sptes: np.ndarray, word: np.ndarray) -> np.ndarray:
+    """Sptes with the R and X that access tracking has put aside (facts 3.2); the processor's own view of them is not judged."""
+    if word[VmWord.AD]:
+        return sptes
+    rights, saved = EPT_SPTE.R | EPT_SPTE.W | EPT_SPTE.X, sptes & EPT_SPTE.SAVED
+    tracked = (sptes & NPT_SPTE.MMU_PRESENT != 0) & (saved != 0)
+    must(sptes[tracked] & rights == 0, "access-tracked, but present for the processor, spte", sptes[tracked])
+    return np.where(tracked, (sptes & ~EPT_SPTE.SAVED) | saved >> np.uint64(54), sptes)
 
 
 def spte_list(machine: Machine, head: int) -> list[int]:

@@ -121,6 +121,7 @@ class EptSpte(NamedTuple):
     MMU_PRESENT: np.uint64 = bit(11)
     ADDR: np.uint64 = field(51, 12)
     AD_DISABLED: np.uint64 = bit(52)
+    SAVED: np.uint64 = bit(54) | bit(56)  # R and X of an access-tracked entry, which is not present for the processor (facts 3.2)
     HOST_WRITABLE: np.uint64 = bit(57)
     MMU_WRITABLE: np.uint64 = bit(58)
     SUPPRESS_VE: np.uint64 = bit(63)
@@ -152,6 +153,7 @@ class Role(NamedTuple):
     AD_DISABLED: np.uint64 = bit(16)
 
 
+FROZEN = np.uint64(0x5A0)  # an spte of either form that is being removed: not present, and nothing else may take its place yet
 NPT_SPTE, EPT_SPTE, MMIO_SPTE, ROLE = NptSpte(), EptSpte(), MmioSpte(), Role()
 
 

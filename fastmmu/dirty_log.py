@@ -7,9 +7,10 @@ import numpy as np
 from fastmmu._jit import exchange, fetch_and, inner
 from fastmmu.bits import NPT_SPTE, ONE, ZERO
 from fastmmu.hardware import drain_pml
+from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading, unlock_for_writing
 from fastmmu.machine_state import VmWord
 from fastmmu.memslot import WORD_BITS, max_mapping_level
-from fastmmu.pool import DIRECT, NONE, flush_remote
+from fastmmu.pool import DIRECT, NONE, flush_remote, reclaim
 from fastmmu.rmap import MAX_HUGE_LEVEL, after, at_cursor, clear_rmap_bits, drop_leaf, first, rmap_index
 from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.tdp import clear_bits, clear_bits_of_mask, set_spte, split_range
@@ -34,17 +35,17 @@ def word_of_pages(slot, i):
 
 
 @inner
-def clear_slot_bits(vm, slot, min_level, bits):
+def clear_slot_bits(vm, stat, slot, min_level, bits):
     """Clear bits in every leaf of the slot from `min_level` up."""
     first, end = slot["base"], slot["base"] + slot["pages"]
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        clear_bits(vm, first, end, min_level, bits)
+        clear_bits(vm, stat, first, end, min_level, bits)
         return
     level = min_level
     while level <= MAX_HUGE_LEVEL:
         gfn = frame_at(first, level)
         while gfn < end:
-            clear_rmap_bits(vm, slot, max(gfn, first), level, bits)
+            clear_rmap_bits(vm, stat, slot, max(gfn, first), level, bits)
             gfn += pages_at(level)
         level += ONE
 
@@ -54,35 +55,47 @@ def start(vm, stat, slot):
     """The slot begins to log (facts 7.1)."""
     if vm.word[VmWord.INITIALLY_SET] != ZERO:
         return  # every page counts as dirty: nothing to protect until it is cleared
-    if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and vm.word[VmWord.TDP_MMU] != ZERO:
+    shared = vm.word[VmWord.TDP_MMU] != ZERO  # the TDP MMU lets faults go on meanwhile
+    if shared:
+        lock_for_reading(vm.word, stat)
+    else:
+        lock_for_writing(vm.word, stat)
+    if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and shared:
         split_range(vm, stat, slot["base"], slot["base"] + slot["pages"])
     if vm.word[VmWord.PML] != ZERO:
         # shadow pages are looked at on 4 KiB leaves only, the TDP MMU's on every level
-        clear_logged_dirty(vm, slot)
-        clear_slot_bits(vm, slot, TWO_MIB_LEVEL, W)
+        clear_logged_dirty(vm, stat, slot)
+        clear_slot_bits(vm, stat, slot, TWO_MIB_LEVEL, W)
     else:
-        clear_slot_bits(vm, slot, ONE, W)
+        clear_slot_bits(vm, stat, slot, ONE, W)
+    if shared:
+        unlock_for_reading(vm.word, stat)
+    else:
+        unlock_for_writing(vm.word, stat)
     flush_remote(vm.word, stat)
 
 
 @inner
-def clear_logged_dirty(vm, slot):
+def clear_logged_dirty(vm, stat, slot):
     """Clear D, so that page-modification logging notes the next write."""
     first, end = slot["base"], slot["base"] + slot["pages"]
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        clear_bits(vm, first, end, ONE, vm.word[VmWord.DIRTY])
+        clear_bits(vm, stat, first, end, ONE, vm.word[VmWord.DIRTY])
         return
     for gfn in range(first, end):
-        clear_rmap_bits(vm, slot, gfn, ONE, vm.word[VmWord.DIRTY])
+        clear_rmap_bits(vm, stat, slot, gfn, ONE, vm.word[VmWord.DIRTY])
 
 
 @inner
 def stop_logging(vm, stat, slot):
     """The slot logs no more: what could be a huge page is unmapped, and comes back as one (facts 7.1.3)."""
+    lock_for_writing(vm.word, stat)
     if vm.word[VmWord.TDP_MMU] != ZERO:
         zap_collapsible_tables(vm, stat, slot)
     else:
         zap_collapsible_leaves(vm, stat, slot)
+    reclaim(vm, stat)
+    unlock_for_writing(vm.word, stat)
 
 
 @inner
@@ -146,14 +159,14 @@ def zap_collapsible_tables(vm, stat, slot):
 
 
 @inner
-def protect_huge(vm, slot, gfn):
+def protect_huge(vm, stat, slot, gfn):
     """Write-protect huge pages over `gfn`, as if for a shadowed table: MMU_WRITABLE goes too (facts 7.4.1)."""
     bits = W | vm.word[VmWord.MMU_WRITABLE]
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        clear_bits(vm, gfn, gfn + ONE, TWO_MIB_LEVEL, bits)
+        clear_bits(vm, stat, gfn, gfn + ONE, TWO_MIB_LEVEL, bits)
         return
     for level in range(TWO_MIB_LEVEL, MAX_HUGE_LEVEL + ONE):
-        clear_rmap_bits(vm, slot, gfn, level, bits)
+        clear_rmap_bits(vm, stat, slot, gfn, level, bits)
 
 
 @inner
@@ -190,17 +203,17 @@ def protect_again(vm, stat, slot, i, mask):
         first, last = base + lowest_bit(mask), base + highest_bit(mask)
         if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and vm.word[VmWord.TDP_MMU] != ZERO:
             split_range(vm, stat, first, last)
-        protect_huge(vm, slot, first)
+        protect_huge(vm, stat, slot, first)
         if round_up(first) != round_up(last):
-            protect_huge(vm, slot, last)
+            protect_huge(vm, stat, slot, last)
     bits = vm.word[VmWord.DIRTY] if vm.word[VmWord.PML] != ZERO else W
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        clear_bits_of_mask(vm, base, mask, bits)
+        clear_bits_of_mask(vm, stat, base, mask, bits)
         return
     gfn = base
     while mask != ZERO:
         if mask & ONE != ZERO:
-            clear_rmap_bits(vm, slot, gfn, ONE, bits)
+            clear_rmap_bits(vm, stat, slot, gfn, ONE, bits)
         gfn += ONE
         mask >>= ONE
 
@@ -219,6 +232,7 @@ def reported(vm, stat, slot, i, mask):
 def get(vm, stat, slot):
     """KVM_GET_DIRTY_LOG: leave the bitmap in the slot's report; without manual protection, clear and protect (facts 7.3)."""
     flushes = False
+    lock_for_writing(vm.word, stat)
     for i in range(bitmap_words(slot)):
         at = slot["dirty"] + np.uint64(i)
         if vm.word[VmWord.MANUAL_PROTECT] != ZERO:
@@ -229,6 +243,8 @@ def get(vm, stat, slot):
             mask = exchange(vm.slot_words, at, ZERO)
         vm.slot_words[slot["report"] + np.uint64(i)] = mask
         flushes |= reported(vm, stat, slot, i, mask)
+    reclaim(vm, stat)
+    unlock_for_writing(vm.word, stat)
     if flushes:
         flush_remote(vm.word, stat)
 
@@ -237,10 +253,13 @@ def get(vm, stat, slot):
 def clear(vm, stat, slot):
     """KVM_CLEAR_DIRTY_LOG of the bits in the slot's report: only those that were set are protected (facts 7.3)."""
     flushes = False
+    lock_for_writing(vm.word, stat)
     for i in range(bitmap_words(slot)):
         wanted = vm.slot_words[slot["report"] + np.uint64(i)] & word_of_pages(slot, i)
         mask = fetch_and(vm.slot_words, slot["dirty"] + np.uint64(i), ~wanted) & wanted
         flushes |= reported(vm, stat, slot, i, mask)
+    reclaim(vm, stat)
+    unlock_for_writing(vm.word, stat)
     if flushes:
         flush_remote(vm.word, stat)
 

@@ -85,7 +85,7 @@ def check_events(events: np.ndarray, limits: Limits, slots: dict[int, MemslotInf
     refuse((op == Op.PAGE_LIMIT) & (value < 64), "value", "at least 64, as KVM demands")
     page = np.uint64(PAGE_SIZE - 1)
     span = (address & page != 0) | (value & page != 0) | (address >= value) | (value > PHYSICAL_LIMIT)
-    refuse((op == Op.UNMAP) & span, "address", "a range of whole pages")
+    refuse(np.isin(op, (Op.UNMAP, Op.AGE)) & span, "address", "a range of whole pages")
     check_slot_events(events, dict(slots), prepared)
 
 

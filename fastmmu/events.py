@@ -35,6 +35,7 @@ class Op(IntEnum):
     UNMAP = 20  # address to value, bytes, were unmapped by the host (mmu notifier)
     PAGE_LIMIT = 21  # value: limit of shadow pages (KVM_SET_NR_MMU_PAGES)
     PARAMETER = 22  # address: a VmWord, value: what it becomes
+    AGE = 23  # the host asks whether address to value, bytes, was used (mmu notifier, clear_flush_young)
 
 
 EVENT = np.dtype([

@@ -5,16 +5,20 @@ Follows `kvm_mmu_page_fault` of Linux 6.1 from the top down to the entry that is
 
 from __future__ import annotations
 
-from fastmmu._jit import cmpxchg, inner
-from fastmmu.bits import ACC, GENERATION_UPDATING, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, ZERO
-from fastmmu.hardware import is_executable, root_for
-from fastmmu.machine_state import Counter, Outcome, VcpuWord, VmWord
+import numpy as np
+
+from fastmmu._jit import cmpxchg, exchange, inner, load, store
+from fastmmu.bits import ACC, FROZEN, GENERATION_UPDATING, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, ZERO
+from fastmmu.hardware import IN_KVM, is_executable, request_word, root_for
+from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading, unlock_for_writing
+from fastmmu.machine_state import Counter, Outcome, Running, VcpuWord, VmWord
 from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
 from fastmmu.mmio import covers, fill, match_gpa
-from fastmmu.pool import NO_TABLE, count, count_leaf, flush_remote
+from fastmmu.pool import NO_TABLE, count, flush_remote
 from fastmmu.roots import is_shadow_paging
 from fastmmu.shadow import is_short_of_pages, make_pages_available
 from fastmmu.shadow_fault import (
+    OPEN,
     clear_floods,
     fetch,
     gives_way,
@@ -24,12 +28,12 @@ from fastmmu.shadow_fault import (
     map_direct,
     map_leaf,
     mapping_limit,
-    settled,
     walk_for_kvm,
 )
 from fastmmu.spte import (
     entry_of,
     frame_at,
+    is_access_tracked,
     is_leaf,
     is_mmio,
     is_present,
@@ -42,12 +46,14 @@ from fastmmu.spte import (
     mmio_generation,
     mmio_gfn,
     pfn_of,
+    restore_access,
 )
 from fastmmu.state import NO_SLOT, Reg, Walk
-from fastmmu.tdp import link_table, set_spte, zap_huge
+from fastmmu.tdp import LOST, link_table, try_set_spte, zap_huge
 from fastmmu.unsync import is_write_tracked
 
 FAST_RETRIES = 4
+READING = np.uint64(Running.READING)
 MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATION), int(VcpuWord.MMIO_GENERATION) + 1
 
 
@@ -109,24 +115,36 @@ def fast_fault(vm, vcpu, number, gfn, pferr):
 
     Only a write to a present entry; where sptes have no A and D, also faults on entries that are not present for the processor.
     """
-    word = vm.word
     if pferr & PFERR.RSVD != ZERO:
         return Outcome.INVALID
     if pferr & PFERR.P != ZERO:
         if pferr & PFERR.W == ZERO:
             return Outcome.INVALID
-    elif word[VmWord.AD] != ZERO:
+    elif vm.word[VmWord.AD] != ZERO:
         return Outcome.INVALID
+    where = request_word(vcpu) + ONE
+    if vm.word[VmWord.THREADS] != ZERO:
+        exchange(vm.word, where, READING)  # who frees a table waits until this one has left (facts 6.2)
+    outcome = fix_fast(vm, vcpu, number, gfn, pferr)
+    store(vm.word, where, IN_KVM)
+    if outcome != Outcome.INVALID:
+        count(vcpu.stat, Counter.PF_FAST)
+    return outcome
+
+
+@inner(inline=True)
+def fix_fast(vm, vcpu, number, gfn, pferr):
+    """Make the leaf for `gfn` allow the access by a compare-exchange, at most FAST_RETRIES + 1 of them (facts 6.2)."""
+    word = vm.word
     table, root_level = root_for(vm, vcpu, gfn)
     for _ in range(FAST_RETRIES + 1):
         index, level = lowest(vm.spt, table, root_level, gfn)
-        spte = vm.spt[index]
+        spte = load(vm.spt, index)
         if not is_leaf(spte, level):
             return Outcome.INVALID
         if allows(word, spte, pferr):
-            count(vcpu.stat, Counter.PF_FAST)
             return Outcome.SPURIOUS
-        wanted = spte
+        wanted = restore_access(spte) if is_access_tracked(word, spte) else spte
         if pferr & PFERR.W != ZERO and spte & word[VmWord.MMU_WRITABLE] != ZERO:
             wanted |= NPT_SPTE.W
             if level > ONE and number != NO_SLOT and logs_dirty(vm.mem.slots[number]):
@@ -134,10 +152,11 @@ def fast_fault(vm, vcpu, number, gfn, pferr):
         if wanted == spte or not allows(word, wanted, pferr):
             return Outcome.INVALID
         if cmpxchg(vm.spt, index, spte, wanted) == spte:
-            if number != NO_SLOT:
+            count(vcpu.stat, Counter.FAST_FIXED)
+            if number != NO_SLOT and is_writable(wanted) and not is_writable(spte):
                 mark_dirty(vm, vm.mem.slots[number], gfn)
-            count(vcpu.stat, Counter.PF_FAST)
             return Outcome.FIXED
+        count(vcpu.stat, Counter.EXCHANGE_FAILED)
     return Outcome.INVALID
 
 
@@ -155,50 +174,52 @@ def new_leaf(vm, vcpu, number, gfn, level, old):
 
 
 @inner
-def make_child(vm, vcpu, index, level, gfn, nx_split):
-    """Put a table under an entry of the TDP MMU, in place of nothing, an MMIO spte or a huge page; NO_TABLE without a free one.
+def make_child(vm, vcpu, index, level, gfn, nx_split, old):
+    """Put a table under an entry of the TDP MMU, in place of `old`: nothing, an MMIO spte or a huge page; NO_TABLE without a free
+    one, LOST where another thread has changed the entry.
 
     In 6.1 a huge page above the goal is not split but dropped: the other pages of its frame fault anew.
     """
-    if is_present(vm.spt[index]):
-        zap_huge(vm, vcpu.stat, index, level)
-    return link_table(vm, vcpu.stat, index, level, gfn, nx_split)
+    if is_present(old):
+        if not zap_huge(vm, vcpu.stat, index, level, old):
+            return LOST
+        old = ZERO
+    return link_table(vm, vcpu.stat, index, level, gfn, nx_split, old) if old != FROZEN else LOST
 
 
 @inner(inline=True)
 def descend(vm, vcpu, number, gfn, fetch):
-    """(index, level) of the entry at the goal level for `gfn`, tables made on the way; index 0 without a free table."""
+    """(OPEN, index of the entry at the goal level for `gfn`, its level, the entry), tables made on the way; or another Outcome."""
     goal, requested, disallowed = goal_levels(vm, number, gfn, fetch, vm.word[VmWord.MAX_LEVEL])
     table, level = root_for(vm, vcpu, gfn)
     while True:
         index = entry_of(table, gfn, level)
-        old = vm.spt[index]
+        old = load(vm.spt, index)
         if gives_way(vm, goal, level, old):
             goal -= ONE
         if level == goal:
-            return index, level
+            return OPEN, index, level, old
         split = disallowed and requested >= level
-        table = pfn_of(old) if is_table(old, level) else make_child(vm, vcpu, index, level, gfn, split)
+        table = pfn_of(old) if is_table(old, level) else make_child(vm, vcpu, index, level, gfn, split, old)
         if table == NO_TABLE:
-            return ZERO, level
+            return Outcome.NO_TABLES, index, level, old
+        if table == LOST:
+            return Outcome.RETRY, index, level, old
         level -= ONE
 
 
 @inner(inline=True)
 def map_tdp(vm, vcpu, number, gfn, fetch):
-    """Map `gfn` in the TDP MMU (facts 5.4b)."""
-    index, level = descend(vm, vcpu, number, gfn, fetch)
-    if index == ZERO:
-        return Outcome.NO_TABLES
-    old = vm.spt[index]
+    """Map `gfn` in the TDP MMU (facts 5.4b). Needs the mmu lock for reading: other faults go on meanwhile, and who loses the race
+    for an entry tries again."""
+    outcome, index, level, old = descend(vm, vcpu, number, gfn, fetch)
+    if outcome != OPEN:
+        return outcome
     spte = new_leaf(vm, vcpu, number, gfn, level, old)
     if spte == old:
         return Outcome.SPURIOUS if number != NO_SLOT else Outcome.EMULATE
-    if old == ZERO and number != NO_SLOT:
-        vm.spt[index] = spte
-        count_leaf(vcpu.stat, level, 1)
-        return Outcome.FIXED
-    set_spte(vm, vcpu.stat, index, level, spte)
+    if not try_set_spte(vm, vcpu.stat, index, level, old, spte):
+        return Outcome.RETRY
     if is_table(old, level):
         flush_remote(vm.word, vcpu.stat)
     return Outcome.FIXED if number != NO_SLOT else Outcome.EMULATE
@@ -225,42 +246,63 @@ def is_tracked_write(vm, number, gfn, pferr):
     return is_write_tracked(vm, vm.mem.slots[number], gfn)
 
 
+@inner
+def has_pages(vm, stat):
+    """Whether shadow pages are left, or could be recycled."""
+    return not is_short_of_pages(vm.word) or make_pages_available(vm, stat)
+
+
 @inner(inline=True)
 def handle_direct(vm, vcpu, address, pferr):
-    """A fault of a direct map that is not answered by what KVM remembers of devices: its Mapping (facts 5.4a, 5.4b)."""
+    """A fault of a direct map that is not answered by what KVM remembers of devices (facts 5.4a, 5.4b)."""
     gfn = address >> PAGE_SHIFT
     number = slot_by_gfn(vm, vcpu, gfn)
     if is_tracked_write(vm, number, gfn, pferr):
-        return settled(Outcome.EMULATE)
-    outcome = fast_fault(vm, vcpu, number, gfn, pferr)
-    if outcome != Outcome.INVALID:
-        return settled(outcome)
+        return Outcome.EMULATE
+    if vm.word[VmWord.FAST_PAGE_FAULT] != ZERO:
+        outcome = fast_fault(vm, vcpu, number, gfn, pferr)
+        if outcome != Outcome.INVALID:
+            return outcome
     gva = ZERO if vm.word[VmWord.TDP] != ZERO else address
     if without_memory(vm, vcpu, number, gva, gfn, ACC.ALL, pferr) == Outcome.EMULATE:
-        return settled(Outcome.EMULATE)
+        return Outcome.EMULATE
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        return settled(map_tdp(vm, vcpu, number, gfn, pferr & PFERR.F != ZERO))
-    return map_direct(vm, vcpu, number, gfn)
+        lock_for_reading(vm.word, vcpu.stat)
+        outcome = map_tdp(vm, vcpu, number, gfn, pferr & PFERR.F != ZERO)
+        unlock_for_reading(vm.word, vcpu.stat)
+        return outcome
+    lock_for_writing(vm.word, vcpu.stat)
+    outcome = Outcome.NO_PAGES
+    if has_pages(vm, vcpu.stat):
+        outcome = map_leaf(vm, vcpu, map_direct(vm, vcpu, number, gfn), pferr)
+    unlock_for_writing(vm.word, vcpu.stat)
+    return outcome
 
 
 @inner(inline=True)
 def handle_indirect(vm, vcpu, gva, pferr):
-    """A fault under shadow paging: the guest's own tables decide (facts 5.4c). Its Mapping, as far as they do."""
+    """A fault under shadow paging: the guest's own tables decide (facts 5.4c)."""
     walk = walk_for_kvm(vm, vcpu, gva, pferr & (PFERR.W | PFERR.U | PFERR.F))
     if not walk.ok:
-        return settled(inject(vm, vcpu, gva, walk.pferr))
+        return inject(vm, vcpu, gva, walk.pferr)
     gfn = walk.gpa >> PAGE_SHIFT
     number = slot_by_gfn(vm, vcpu, gfn)
     if is_tracked_write(vm, number, gfn, pferr):
         clear_floods(vm, vcpu, gva)
-        return settled(Outcome.EMULATE)
+        return Outcome.EMULATE
     limit = mapping_limit(vm, vcpu, gva, walk, pferr)
     if without_memory(vm, vcpu, number, gva, gfn, walk.access, pferr) == Outcome.EMULATE:
-        return settled(Outcome.EMULATE)
+        return Outcome.EMULATE
     access = guest_rights(vcpu, walk, number, pferr)
-    if is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
-        return settled(Outcome.NO_PAGES)
-    return fetch(vm, vcpu, number, gva, walk, access, limit)
+    lock_for_writing(vm.word, vcpu.stat)
+    outcome = Outcome.NO_PAGES
+    if has_pages(vm, vcpu.stat):
+        mapping = fetch(vm, vcpu, number, gva, walk, access, limit)
+        outcome = mapping.outcome
+        if outcome == OPEN:
+            outcome = map_leaf(vm, vcpu, mapping, pferr)
+    unlock_for_writing(vm.word, vcpu.stat)
+    return outcome
 
 
 @inner(inline=True)
@@ -272,12 +314,7 @@ def page_fault(vm, vcpu, address, pferr):
             return outcome
     count(vcpu.stat, Counter.PF_TAKEN)
     shadowed = is_shadow_paging(vm, vcpu)
-    mapping = handle_indirect(vm, vcpu, address, pferr) if shadowed else handle_direct(vm, vcpu, address, pferr)
-    outcome = mapping.outcome
-    if outcome == Outcome.INVALID:
-        if not shadowed and is_short_of_pages(vm.word) and not make_pages_available(vm, vcpu.stat):
-            return Outcome.NO_PAGES
-        outcome = map_leaf(vm, vcpu, mapping, pferr)
+    outcome = handle_indirect(vm, vcpu, address, pferr) if shadowed else handle_direct(vm, vcpu, address, pferr)
     if outcome == Outcome.FIXED:
         count(vcpu.stat, Counter.PF_FIXED)
     elif outcome == Outcome.EMULATE:

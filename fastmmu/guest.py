@@ -15,7 +15,7 @@ from fastmmu.machine_state import Counter, LogKind, Outcome, Status, Stop, Touch
 from fastmmu.memslot import is_readonly, mark_dirty, note_write, slot_by_gfn
 from fastmmu.mmio import cached_gpa, match, match_gpa
 from fastmmu.pool import count
-from fastmmu.roots import enter, is_asked, is_shadow_paging, stop
+from fastmmu.roots import enter, is_shadow_paging, stop
 from fastmmu.shadow_fault import inject, walk_for_kvm
 from fastmmu.state import NO_SLOT, Miss, Reg
 from fastmmu.track import track_write
@@ -23,6 +23,7 @@ from fastmmu.unsync import is_write_tracked, refuses_write
 from fastmmu.walk import MODE_NONE
 
 ATTEMPTS = 4096  # an instruction that faults so often without getting on never will: two dimensions of tables need 24
+THREAD_ATTEMPTS = 1 << 26  # while other threads run: one that was put to sleep in the middle of a change is waited for
 NO_FETCH = ZERO
 BYTE_BITS, BYTES_MASK, WORD_BITS = np.uint64(3), np.uint64(7), np.uint64(64)
 MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATION), int(VcpuWord.MMIO_GENERATION) + 1
@@ -63,8 +64,8 @@ def access_bytes(vm, vcpu, log, event, gva, size, access, missed, tried):
     physical = access & PFERR.GUEST_FINAL != ZERO
     second = (gva + size - ONE) & ~PAGE_OFFSET
     target, wanted, fetching, first = gva, access, False, not_plain()
-    for _ in range(ATTEMPTS):
-        if is_asked(vm, vcpu) and not enter(vm, vcpu):
+    for _ in range(ATTEMPTS if vm.word[VmWord.THREADS] == ZERO else THREAD_ATTEMPTS):
+        if not enter(vm, vcpu):
             return not_plain(), ZERO
         if missed:
             missed = False

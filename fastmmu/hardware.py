@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import fetch_or, inner, load
+from fastmmu._jit import cmpxchg, inner, load, prefetch, store
 from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
-from fastmmu.machine_state import PML_ENTRIES, Counter, Status, Touch, VcpuWord, VmWord
+from fastmmu.machine_state import PML_ENTRIES, Counter, Running, Status, Touch, VcpuWord, VmWord
 from fastmmu.memslot import mark_dirty, note_write, slot_by_gfn
 from fastmmu.paging import LONG4
 from fastmmu.permission import fault_kind, key_fault, permission_fault
-from fastmmu.pool import NO_TABLE, count
-from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_last, is_writable, pfn_of
+from fastmmu.pool import FIRST_REQUEST, NO_TABLE, WORDS_PER_VCPU, count
+from fastmmu.spte import INDEX_BITS, INDEX_MASK, entry_of, frame_at, is_last, is_writable, pfn_of
 from fastmmu.state import NO_SLOT, Reg
 from fastmmu.tlb import flush, insert, lookup
 from fastmmu.walk import (
@@ -42,6 +42,8 @@ ADDRESS_32 = field(31, 0)
 POINTER_MASK = NPT_SPTE.MMU_PRESENT | NPT_SPTE.PS
 ENTRY_SHIFT = np.uint64(3)
 FOUR_ROOTS = ALL_ONES  # instead of a root: the four of PAE paging
+IN_KVM = np.uint64(Running.KVM)
+GUESS_MASK = np.uint64(255)
 NOWHERE = ALL_ONES  # instead of the index of an spte: the entry faults
 
 
@@ -52,6 +54,12 @@ def root_for(vm, vcpu, page):
     if own[VcpuWord.ROOT_LEVEL] != PAE_LEVEL:
         return own[VcpuWord.ROOT], own[VcpuWord.ROOT_LEVEL]
     return own[np.uint64(VcpuWord.PAE_ROOT) + ((page >> PAE_ROOT_SHIFT) & PAE_ROOT_MASK)], PAE_LEVEL
+
+
+@inner
+def request_word(vcpu):
+    """Where in `vm.word` the vCPU's requests stand; behind them, where its thread is (a Running)."""
+    return FIRST_REQUEST + vcpu.own[VcpuWord.NUMBER] * WORDS_PER_VCPU
 
 
 @inner
@@ -68,6 +76,7 @@ def drain_pml(vm, vcpu):
 @inner(inline=True)
 def leave(vm, vcpu):
     """The guest exits to KVM."""
+    store(vm.word, request_word(vcpu) + ONE, IN_KVM)
     count(vcpu.stat, Counter.EXITS_NO_IRQ)
     if vm.word[VmWord.PML] != ZERO:
         drain_pml(vm, vcpu)
@@ -97,7 +106,7 @@ def reserved_code(word, access):
 
 @inner
 def walk_sptes(vm, table, level, gfn, access):
-    """(index of the leaf spte, 0), or (NOWHERE, error code): translate by the tables of sptes, without setting A or D."""
+    """(index of the leaf spte, the spte), or (NOWHERE, error code): translate by the tables of sptes, without setting A or D."""
     word = vm.word
     while True:
         index = entry_of(table, gfn, level)
@@ -114,7 +123,7 @@ def walk_sptes(vm, table, level, gfn, access):
         return NOWHERE, access | PFERR.P
     if access & PFERR.F != ZERO and not is_executable(word, spte):
         return NOWHERE, access | PFERR.P
-    return index, ZERO
+    return index, spte
 
 
 @inner
@@ -124,17 +133,17 @@ def is_executable(word, spte):
 
 
 @inner
-def use_spte(vm, vcpu, index, gfn, write):
-    """The processor uses a leaf spte: it sets A, and D for a write. Returns the entry as it is then."""
+def use_spte(vm, vcpu, index, spte, gfn, write):
+    """The processor uses a leaf spte, as the walk has read it: it sets A, and D for a write. (whether the entry was still that,
+    the entry as it is then): where another one has changed it the walk starts again."""
     word = vm.word
-    spte = vm.spt[index]
-    wanted = word[VmWord.ACCESSED] | (word[VmWord.DIRTY] if write else ZERO)
-    if spte & wanted != wanted:
+    wanted = spte | word[VmWord.ACCESSED] | (word[VmWord.DIRTY] if write else ZERO)
+    if spte != wanted:
         if write and spte & word[VmWord.DIRTY] == ZERO:
             log_modification(vm, vcpu, gfn)
-        fetch_or(vm.spt, index, wanted)
-        spte |= wanted
-    return spte
+        if cmpxchg(vm.spt, index, spte, wanted) != spte:
+            return False, spte
+    return True, wanted
 
 
 @inner(inline=True)
@@ -154,10 +163,13 @@ def touch_gpa(vm, vcpu, gpa, access):
     """One access to a guest physical address: (True, spte), or (False, error code)."""
     gfn = gpa >> PAGE_SHIFT
     table, level = root_for(vm, vcpu, gfn)
-    index, pferr = walk_sptes(vm, table, level, gfn, access)
-    if index == NOWHERE:
-        return False, pferr
-    return True, use_spte(vm, vcpu, index, gfn, access & PFERR.W != ZERO)
+    while True:
+        index, found = walk_sptes(vm, table, level, gfn, access)
+        if index == NOWHERE:
+            return False, found
+        used, spte = use_spte(vm, vcpu, index, found, gfn, access & PFERR.W != ZERO)
+        if used:
+            return True, spte
 
 
 @inner
@@ -207,14 +219,17 @@ def walk_shadow(vm, vcpu, gva, access):
     table, level = root_for(vm, vcpu, page)
     if table == NO_TABLE:
         return leaves(gva, access & ACCESS_BITS)
-    index, pferr = walk_sptes(vm, table, level, page, access & ACCESS_BITS)
-    if index == NOWHERE:
-        return leaves(gva, pferr)
     paging = vcpu.mmu.reg[Reg.MODE] != MODE_NONE
-    if paging and permission_fault(vcpu.mmu, rights_of(vm.word, vm.spt[index]), access):
-        return leaves(gva, (access & ACCESS_BITS) | PFERR.P)
+    while True:
+        index, found = walk_sptes(vm, table, level, page, access & ACCESS_BITS)
+        if index == NOWHERE:
+            return leaves(gva, found)
+        if paging and permission_fault(vcpu.mmu, rights_of(vm.word, found), access):
+            return leaves(gva, (access & ACCESS_BITS) | PFERR.P)
+        used, spte = use_spte(vm, vcpu, index, found, ZERO, access & PFERR.W != ZERO)
+        if used:
+            break
     level = np.uint64(vm.page[index >> INDEX_BITS]["level"])
-    spte = use_spte(vm, vcpu, index, ZERO, access & PFERR.W != ZERO)
     return Touch(Status.DONE, remember_leaf(vm, vcpu, gva, spte, level), ZERO, ZERO)
 
 
@@ -244,9 +259,24 @@ def walk_shadow_plainly(vm, vcpu, gva, access):
         missing = needed & (word[VmWord.ACCESSED] | word[VmWord.DIRTY]) & ~spte
         if (spte | missing) & mask != needed:
             return not_plain()
-        fetch_or(vm.spt, index, missing)  # what was mapped without being asked for has neither A nor D
+        if cmpxchg(vm.spt, index, spte, spte | missing) != spte:  # what was mapped without being asked for has neither A nor D
+            return not_plain()
         spte |= missing
+    vcpu.own[guess_of(page)] = index & ~INDEX_MASK
     return Touch(Status.DONE, remember_leaf(vm, vcpu, gva, spte, level), ZERO, ZERO)
+
+
+@inner
+def guess_of(page):
+    """Where the vCPU keeps its guess at the leaf table of a page."""
+    return np.uint64(VcpuWord.LEAF_TABLE) + ((page >> INDEX_BITS) & GUESS_MASK)
+
+
+@inner
+def look_ahead(vm, vcpu, gva):
+    """Ask for the leaf of an address that will be walked soon. It may be the wrong one: nothing depends on it but time."""
+    page = gva >> PAGE_SHIFT
+    prefetch(vm.spt, vcpu.own[guess_of(page)] | (page & INDEX_MASK))
 
 
 @inner

@@ -11,14 +11,15 @@ from fastmmu import dirty_log
 from fastmmu._jit import inner
 from fastmmu.bits import MMIO_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, ZERO
 from fastmmu.dirty_log import bitmap_words, word_of_pages
+from fastmmu.lock import lock_for_writing, unlock_for_writing
 from fastmmu.machine_state import Request, VmWord
 from fastmmu.memslot import LOG, is_readonly, logs_dirty, slot_by_id
-from fastmmu.pool import ask, flush_remote
-from fastmmu.rmap import MAX_HUGE_LEVEL, drop_leaves, rmap_index
+from fastmmu.pool import ask, flush_remote, reclaim
+from fastmmu.rmap import MAX_HUGE_LEVEL, age_list, drop_leaves, rmap_index
 from fastmmu.shadow import set_page_limit, zap_obsolete
 from fastmmu.spte import frame_at, pages_at
 from fastmmu.state import NO_SLOT, Reg
-from fastmmu.tdp import invalidate_root, zap_leafs
+from fastmmu.tdp import age_leafs, invalidate_root, zap_leafs
 
 ADDRESS_SPACES = np.uint64(2)  # system management mode has its own slots: generations advance by two (facts 3.4.5)
 PAGES_PER_SHADOW_PAGE, MIN_SHADOW_PAGES = np.uint64(50), np.uint64(64)
@@ -27,11 +28,13 @@ PAGES_PER_SHADOW_PAGE, MIN_SHADOW_PAGES = np.uint64(50), np.uint64(64)
 @inner
 def zap_all_fast(vm, stat):
     """Make every shadow page obsolete and zap it; vCPUs drop their roots before they enter the guest again (facts 5.14)."""
+    lock_for_writing(vm.word, stat)
     vm.word[VmWord.VALID_GENERATION] ^= ONE
     if vm.word[VmWord.TDP_MMU] != ZERO:
         invalidate_root(vm, stat)
     ask(vm.word, np.uint64(Request.FREE_OBSOLETE_ROOTS))
     zap_obsolete(vm, stat)
+    unlock_for_writing(vm.word, stat)
 
 
 @inner
@@ -121,10 +124,10 @@ def set_slot_flags(vm, vcpus, stat, identity, flags):
 def unmap(vm, stat, start, end):
     """The host unmapped memory that stands behind [start, end), bytes: what maps it goes (facts 9.5)."""
     zapped = False
-    first, last = start >> PAGE_SHIFT, (end + PAGE_OFFSET) >> PAGE_SHIFT
+    lock_for_writing(vm.word, stat)
     for i in range(len(vm.mem.slots)):
         slot = vm.mem.slots[i]
-        low, high = max(first, slot["base"]), min(last, slot["end"] >> PAGE_SHIFT)
+        low, high = part_of(slot, start, end)
         if low >= high:
             continue
         if vm.word[VmWord.TDP_MMU] != ZERO:
@@ -138,6 +141,40 @@ def unmap(vm, stat, start, end):
                 gfn += pages_at(level)
             level += ONE
     if zapped:
+        flush_remote(vm.word, stat)
+    reclaim(vm, stat)
+    unlock_for_writing(vm.word, stat)
+
+
+@inner
+def part_of(slot, start, end):
+    """(first gfn of the memslot in [start, end), bytes, the gfn behind the last)."""
+    first, last = start >> PAGE_SHIFT, (end + PAGE_OFFSET) >> PAGE_SHIFT
+    return max(first, slot["base"]), min(last, slot["end"] >> PAGE_SHIFT)
+
+
+@inner
+def age(vm, stat, start, end):
+    """The host asks whether memory behind [start, end), bytes, was used since it last did, and flushes if it was (facts 3.2)."""
+    young = False
+    lock_for_writing(vm.word, stat)
+    for i in range(len(vm.mem.slots)):
+        slot = vm.mem.slots[i]
+        low, high = part_of(slot, start, end)
+        if low >= high:
+            continue
+        if vm.word[VmWord.TDP_MMU] != ZERO:
+            young |= age_leafs(vm, low, high)
+            continue
+        level = ONE
+        while level <= MAX_HUGE_LEVEL:
+            gfn = frame_at(low, level)
+            while gfn < high:
+                young |= age_list(vm, rmap_index(slot, max(gfn, slot["base"]), level))
+                gfn += pages_at(level)
+            level += ONE
+    unlock_for_writing(vm.word, stat)
+    if young:
         flush_remote(vm.word, stat)
 
 

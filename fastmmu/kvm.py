@@ -27,6 +27,7 @@ class Kvm:
         last_slot: the memslot found last is tried first.
         prefetch: a fault maps neighbours too (shadow pages).
         force_sync_on_reuse: a kept root is synced and flushed when it comes into use again (force_flush_and_sync_on_reuse).
+        fast_page_fault: write-protection faults of direct maps are fixed without the mmu lock.
         pml: page-modification logging; needs tdp and ad.
         manual_protect, initially_set: the dirty-log capability.
         page_1g: huge pages of 1 GiB.
@@ -52,6 +53,7 @@ class Kvm:
     last_slot: bool = True
     prefetch: bool = True
     force_sync_on_reuse: bool = False
+    fast_page_fault: bool = True
     pml: bool = False
     manual_protect: bool = False
     initially_set: bool = False
@@ -88,8 +90,8 @@ class Kvm:
 
 FLAGS = (
     "tdp", "tdp_mmu", "ept", "ad", "nx_huge_pages", "eager_page_split", "mmio_caching", "mmio_info", "cached_roots",
-    "sync_skips_unchanged", "last_slot", "prefetch", "force_sync_on_reuse", "pml", "manual_protect", "initially_set",
-    "page_1g", "tlb_flushed_on_exit", "accessed_while_walking", "reserved_without_present",
+    "sync_skips_unchanged", "last_slot", "prefetch", "force_sync_on_reuse", "fast_page_fault", "pml", "manual_protect",
+    "initially_set", "page_1g", "tlb_flushed_on_exit", "accessed_while_walking", "reserved_without_present",
 )  # fmt: skip
 
 

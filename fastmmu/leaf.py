@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import inner, load
+from fastmmu._jit import exchange, inner, load
 from fastmmu.bits import ACC, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO
 from fastmmu.machine_state import Counter, Outcome, VmWord
 from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
@@ -83,7 +83,7 @@ def set_leaf(vm, vcpu, number, index, level, gfn, access, write):
     if spte == old:
         outcome = Outcome.SPURIOUS
     else:
-        vm.spt[index] = spte
+        old = exchange(vm.spt, index, spte)  # the fast path or the processor may have changed it meanwhile
         flushes |= was_mapped and loses(vm.word, old, spte)
     if refused and write:
         outcome = Outcome.EMULATE

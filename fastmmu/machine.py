@@ -18,7 +18,7 @@ from fastmmu.kvm import FLAGS, Kvm, set_spte_masks
 from fastmmu.machine_state import (
     LOG,
     MEMSLOT,
-    REQUESTS,
+    PER_VCPU,
     SHADOW_PAGE,
     TABLE_WORDS,
     VCPU_WORDS,
@@ -100,12 +100,17 @@ class Machine:
         self._make_vm(tables)
         self._make_vcpus(cpu)
 
+    @property
+    def cpus(self) -> tuple[Cpu, ...]:
+        """The register settings that its vCPUs have had so far."""
+        return tuple(self._cpus)
+
     # --- making it
 
     def _make_vm(self, tables: int) -> None:
-        word = np.zeros(REQUESTS + self.vcpus, np.uint64)
+        word = np.zeros(VmWord.REQUESTS + PER_VCPU * self.vcpus, np.uint64)
         word[VmWord.VCPUS] = self.vcpus
-        word[REQUESTS:] = Request.LOAD_ROOT
+        word[VmWord.REQUESTS :: PER_VCPU] = Request.LOAD_ROOT
         kvm = self.kvm
         for name in FLAGS:
             if name != "page_1g":

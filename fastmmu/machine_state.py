@@ -114,8 +114,11 @@ class VmWord(IntEnum):
     FRESH_DESC = 67  # first that was never used
     ZAPPED = 68  # first of the shadow pages that are to be freed, 0 for none
     UNASKED = 69  # leaves that became writable without KVM asking whether a guest's table lies there (see leaf.py)
-    VECTOR_LENGTH = 70  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
-    VECTOR_TABLE = 71  # the pages,
+    FAST_PAGE_FAULT = 70  # the path without the mmu lock; else every fault takes it
+    LOCK_TIMED = 71  # count the cycles for which the mmu lock is waited for and held
+    THREADS = 72  # vCPUs run at the same time: whoever must know that they have left the guest waits for it
+    VECTOR_LENGTH = 73  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
+    VECTOR_TABLE = 74  # the pages,
     VECTOR_INDEX = VECTOR_TABLE + 16  # and which entry of the page above points to each;
     STACK_TABLE = VECTOR_INDEX + 16  # by level, the page that the walk is in,
     STACK_INDEX = STACK_TABLE + 6  # the entry that it looks at next,
@@ -123,11 +126,24 @@ class VmWord(IntEnum):
     PATH_TABLE = STACK_FOUND + 6  # and the way to the page looked at
     PATH_INDEX = PATH_TABLE + 6
     HASH = PATH_INDEX + 6  # first of the 4096 buckets
+    MMU_LOCK = HASH + 4096 + 16  # the mmu lock (see lock.py), alone in its cache line
+    POOL_LOCK = MMU_LOCK + 16  # of the pool of tables, under the mmu lock for reading
+    DEFERRED = POOL_LOCK + 1  # first of the tables that may still be read: freed when no thread can be (see pool.py)
+    REQUESTS = POOL_LOCK + 16  # the first vCPU's, then every PER_VCPU words: its Request bits,
+    RUNNING = REQUESTS + 1  # and whether it runs the guest, or reads sptes without the mmu lock: a Running
 
 
 VECTOR_SIZE = 16
 HASH_BUCKETS = 4096
-REQUESTS = VmWord.HASH + HASH_BUCKETS
+PER_VCPU = 8  # a cache line
+
+
+class Running(IntEnum):
+    """Where a vCPU's thread is, for who must wait until it has left."""
+
+    KVM = 0
+    GUEST = 1
+    READING = 2  # sptes, without the mmu lock
 
 
 class Counter(IntEnum):
@@ -166,6 +182,13 @@ class Counter(IntEnum):
     TLB_MISSES = 29
     STORES = 30  # to guest page tables, by a STORE event
     PML_FULL = 31
+    # ours, about the mmu lock and the path without it
+    FAST_FIXED = 32  # entries that the fast path made writable
+    EXCHANGE_FAILED = 33  # compare-exchanges of an entry that had changed
+    LOCK_TAKEN = 34  # the mmu lock, for reading or writing
+    LOCK_WAITED = 35  # cycles that it was waited for, where LOCK_TIMED
+    LOCK_HELD = 36  # and that it was held
+    PROTECTED = 37  # leaves that logging took W from
 
 
 KVM_COUNTERS = tuple(counter for counter in Counter if counter < Counter.TLB_HITS)
@@ -195,7 +218,8 @@ class VcpuWord(IntEnum):
     INJECTED = 26  # error code of the #PF that KVM injects
     LEAF_BITS = 27  # under shadow paging, by fault kind: what a leaf must hold for the processor to use it without more ado,
     LEAF_MASK = 43  # among these bits
-    PML_LOG = 59  # gfns that page-modification logging noted
+    LEAF_TABLE = 59  # a guess, by 2 MiB region of gvas, at the table that its leaves stand in: only what to prefetch comes from it
+    PML_LOG = LEAF_TABLE + 256  # gfns that page-modification logging noted
 
 
 PREVIOUS_ROOTS = 3
@@ -322,7 +346,7 @@ class KvmState(NamedTuple):
     desc: np.ndarray  # uint64: descriptors of lists of sptes, 16 words each (see rmap.py)
     page: np.ndarray  # SHADOW_PAGE[tables]
     slot_words: np.ndarray  # uint64: what memslots keep by page
-    word: np.ndarray  # uint64[VmWord.HASH + HASH_BUCKETS + vcpus]: behind the buckets each vCPU's Request bits
+    word: np.ndarray  # uint64[VmWord.REQUESTS + PER_VCPU * vcpus]
 
 
 class RegisterTable(NamedTuple):

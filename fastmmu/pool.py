@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import inner
-from fastmmu.bits import ONE, ROLE, ZERO, field
-from fastmmu.machine_state import HASH_BUCKETS, REQUESTS, TABLE_WORDS, Counter, Request, VmWord
+from fastmmu._jit import fetch_or, inner, load
+from fastmmu.bits import NPT_SPTE, ONE, ROLE, ZERO, field
+from fastmmu.lock import back_off, lock_pool, unlock_pool
+from fastmmu.machine_state import HASH_BUCKETS, PER_VCPU, TABLE_WORDS, Counter, Request, Running, VmWord
 
 MULTIPLIER_HIGH, MULTIPLIER_LOW = np.uint64(0x61C88646), np.uint64(0x80B583EB)  # the golden ratio, as the kernel has it
 HALF_SHIFT, HALF_MASK = np.uint64(32), field(31, 0)
 BUCKET_SHIFT = np.uint64(32 - HASH_BUCKETS.bit_length() + 1)
 NO_TABLE = ZERO
+TLB_FLUSH, KVM, GUEST = np.uint64(Request.TLB_FLUSH), np.uint64(Running.KVM), np.uint64(Running.GUEST)
+FIRST_REQUEST, WORDS_PER_VCPU = np.uint64(VmWord.REQUESTS), np.uint64(PER_VCPU)
 INVALID, DIRECT = np.uint32(ROLE.INVALID), np.uint32(ROLE.DIRECT)
 TABLE_SIZE = np.uint64(TABLE_WORDS)
 NONE, NO, YES = np.uint32(0), np.uint8(0), np.uint8(1)
@@ -30,16 +33,30 @@ def count(stat, which):
 
 @inner
 def flush_remote(word, stat):
-    """Ask for a flush of every vCPU's TLB, before it enters the guest again."""
+    """Ask for a flush of every vCPU's TLB, before it enters the guest again; and wait until each has left it."""
     count(stat, Counter.REMOTE_TLB_FLUSH_REQUESTS)
-    ask(word, np.uint64(Request.TLB_FLUSH))
+    ask(word, TLB_FLUSH)
+    if word[VmWord.THREADS] != ZERO:
+        wait_for_exits(word)
 
 
 @inner
 def ask(word, which):
     """Ask all vCPUs for something."""
     for i in range(word[VmWord.VCPUS]):
-        word[REQUESTS + i] |= which
+        fetch_or(word, FIRST_REQUEST + i * WORDS_PER_VCPU, which)
+
+
+@inner
+def wait_for_exits(word):
+    """Until no vCPU runs the guest that was asked to flush its TLB, and none reads sptes without the mmu lock (facts 6.2)."""
+    for i in range(word[VmWord.VCPUS]):
+        request, pauses = FIRST_REQUEST + i * WORDS_PER_VCPU, 1
+        while True:
+            running = load(word, request + ONE)
+            if running == KVM or (running == GUEST and load(word, request) & TLB_FLUSH == ZERO):
+                break
+            pauses = back_off(pauses)
 
 
 @inner
@@ -48,22 +65,40 @@ def count_leaf(stat, level, by):
     stat[PAGES_4K + level - ONE] += by
 
 
+@inner
+def count_protected(stat, spte, bits):
+    """Count a leaf that was writable and is not any more."""
+    if spte & bits & NPT_SPTE.W != ZERO:
+        count(stat, Counter.PROTECTED)
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------------
+
+
+@inner
+def take_table(vm):
+    """(a row that is not in use, or NO_TABLE; whether it never was, so that the memory under it is zero)."""
+    word = vm.word
+    lock_pool(word)
+    table, fresh = word[VmWord.FREE_TABLE], False
+    if table != NO_TABLE:
+        word[VmWord.FREE_TABLE] = np.uint64(vm.page[table]["next"])
+    elif word[VmWord.FRESH_TABLE] < np.uint64(len(vm.page)):
+        table, fresh = word[VmWord.FRESH_TABLE], True
+        word[VmWord.FRESH_TABLE] = table + ONE
+    unlock_pool(word)
+    return table, fresh
 
 
 @inner
 def allocate(vm, gfn, level):
     """A table of zeros, or NO_TABLE when the pool is used up."""
     word = vm.word
-    table = word[VmWord.FREE_TABLE]
-    if table != NO_TABLE:
-        word[VmWord.FREE_TABLE] = np.uint64(vm.page[table]["next"])
+    table, fresh = take_table(vm)
+    if table == NO_TABLE:
+        return NO_TABLE
+    if not fresh:
         vm.spt[table * TABLE_SIZE : (table + ONE) * TABLE_SIZE] = ZERO
-    else:
-        table = word[VmWord.FRESH_TABLE]  # never used: the memory under it is zero
-        if table >= np.uint64(len(vm.page)):
-            return NO_TABLE
-        word[VmWord.FRESH_TABLE] = table + ONE
     page = vm.page[table]
     page["gfn"], page["level"], page["parents"] = gfn, level, ZERO
     page["role"] = np.uint32(level)
@@ -77,10 +112,29 @@ def allocate(vm, gfn, level):
 
 @inner
 def release(vm, table):
-    """Give a table back."""
+    """Give a table back. While vCPUs run, one may still read it: it waits on a list of its own for `reclaim`."""
     vm.page[table]["role"] = NONE
-    vm.page[table]["next"] = vm.word[VmWord.FREE_TABLE]
-    vm.word[VmWord.FREE_TABLE] = table
+    which = np.uint64(VmWord.DEFERRED) if vm.word[VmWord.THREADS] != ZERO else np.uint64(VmWord.FREE_TABLE)
+    lock_pool(vm.word)
+    vm.page[table]["next"] = vm.word[which]
+    vm.word[which] = table
+    unlock_pool(vm.word)
+
+
+@inner
+def reclaim(vm, stat):
+    """Free the tables that waited. The mmu lock must be held for writing: nobody goes down then but who runs the guest, or reads
+    without lock, and for those it waits."""
+    waiting = vm.word[VmWord.DEFERRED]
+    if waiting == NO_TABLE:
+        return
+    vm.word[VmWord.DEFERRED] = NO_TABLE
+    flush_remote(vm.word, stat)
+    while waiting != NO_TABLE:
+        after = np.uint64(vm.page[waiting]["next"])
+        vm.page[waiting]["next"] = vm.word[VmWord.FREE_TABLE]
+        vm.word[VmWord.FREE_TABLE] = waiting
+        waiting = after
 
 
 @inner

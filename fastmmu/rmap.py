@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import inner
+from fastmmu._jit import exchange, fetch_and, inner
 from fastmmu.bits import NPT_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, ROLE, ZERO, bit
 from fastmmu.machine_state import Counter, VmWord
 from fastmmu.memory import find_slot
-from fastmmu.pool import DIRECT, NONE, TABLE_SIZE, count_leaf, flush_remote
-from fastmmu.spte import INDEX_BITS, is_writable, pages_at
+from fastmmu.pool import DIRECT, NONE, TABLE_SIZE, count_leaf, count_protected, flush_remote
+from fastmmu.spte import INDEX_BITS, age_leaf, is_writable, pages_at
 from fastmmu.state import NO_SLOT
 
 MANY = bit(63)
@@ -197,7 +197,7 @@ def drop_leaf(vm, stat, index):
     if number != NO_SLOT:
         at = rmap_index(vm.mem.slots[number], gfn, level)
         vm.slot_words[at] = remove(vm, vm.slot_words[at], index)
-    vm.spt[index] = ZERO
+    exchange(vm.spt, index, ZERO)
     count_leaf(stat, level, -1)
 
 
@@ -219,22 +219,33 @@ def loses(word, old, spte):
 
 
 @inner
-def clear_rmap_bits(vm, slot, gfn, level, bits):
+def clear_rmap_bits(vm, stat, slot, gfn, level, bits):
     """Clear bits in every leaf that maps the frame of `gfn` at `level`; whether that is a reason to flush."""
     flushes = False
     cursor = first(vm.slot_words[rmap_index(slot, gfn, level)])
     while cursor != ZERO:
         index = at_cursor(vm, cursor)
         cursor = after(vm, cursor)
-        old = vm.spt[index]
-        if old & bits != ZERO:
-            vm.spt[index] = old & ~bits
+        if vm.spt[index] & bits != ZERO:
+            old = fetch_and(vm.spt, index, ~bits)
+            count_protected(stat, old, bits)
             flushes |= loses(vm.word, old, old & ~bits)
     return flushes
 
 
 @inner
-def write_protect(vm, slot, gfn):
+def age_list(vm, at):
+    """The same for every leaf of the list in word `at` of `slot_words`."""
+    young = False
+    cursor = first(vm.slot_words[at])
+    while cursor != ZERO:
+        young |= age_leaf(vm.word, vm.spt, at_cursor(vm, cursor))
+        cursor = after(vm, cursor)
+    return young
+
+
+@inner
+def write_protect(vm, stat, slot, gfn):
     """Make every leaf over `gfn` read-only because a guest's table lies there: MMU_WRITABLE goes too (facts 6.4).
 
     Whether that is a reason to flush.
@@ -242,6 +253,6 @@ def write_protect(vm, slot, gfn):
     flushes = False
     level = ONE
     while level <= MAX_HUGE_LEVEL:
-        flushes |= clear_rmap_bits(vm, slot, gfn, level, NPT_SPTE.W | vm.word[VmWord.MMU_WRITABLE])
+        flushes |= clear_rmap_bits(vm, stat, slot, gfn, level, NPT_SPTE.W | vm.word[VmWord.MMU_WRITABLE])
         level += ONE
     return flushes

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu import machine_state
-from fastmmu._jit import inner
+from fastmmu._jit import exchange, fetch_and, fetch_or, inner, load, store
 from fastmmu.bits import ACC, CR0, CR3, CR4, EFER, GPTE64, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO, field
-from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT, needs_of
-from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, Request, Stop, VcpuWord, VmWord
+from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT, needs_of, request_word
+from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, Request, Running, Stop, VcpuWord, VmWord
 from fastmmu.memory import find_slot
 from fastmmu.paging import TWO_LEVEL
 from fastmmu.pool import NO, NO_TABLE, NONE, count, is_obsolete
@@ -33,8 +32,8 @@ from fastmmu.tdp import put_root as put_tdp_root
 from fastmmu.tlb import flush
 from fastmmu.walk import MODE_NONE, MODE_PAE, MODE_TWO_LEVEL, mode_of
 
+IN_KVM, IN_GUEST = np.uint64(Running.KVM), np.uint64(Running.GUEST)
 TLB_FLUSH, FREE_OBSOLETE_ROOTS, LOAD_ROOT, FLUSH_CURRENT, MMU_SYNC, FLUSH_GUEST = (np.uint64(one) for one in Request)
-REQUESTS = np.uint64(machine_state.REQUESTS)
 PAE_ROOTS = 4
 PAE_ROOT = np.uint64(VcpuWord.PAE_ROOT)
 PREVIOUS, PREVIOUS_PGD = np.uint64(VcpuWord.PREVIOUS_ROOT), np.uint64(VcpuWord.PREVIOUS_PGD)
@@ -57,7 +56,7 @@ def stop(vm, reason, address, code):
 @inner
 def ask_one(vm, vcpu, which):
     """Ask one vCPU for something."""
-    vm.word[REQUESTS + vcpu.own[VcpuWord.NUMBER]] |= which
+    fetch_or(vm.word, request_word(vcpu), which)
 
 
 @inner
@@ -388,21 +387,43 @@ def set_leaf_bits(word, vcpu, kind):
 @inner
 def is_asked(vm, vcpu):
     """Whether there are requests to the vCPU."""
-    return vm.word[REQUESTS + vcpu.own[VcpuWord.NUMBER]] != ZERO
+    return load(vm.word, request_word(vcpu)) != ZERO
 
 
 @inner
 def take_request(vm, vcpu, which):
     """Whether something was asked of the vCPU; it is not any more."""
-    number = REQUESTS + vcpu.own[VcpuWord.NUMBER]
-    asked = vm.word[number] & which != ZERO
-    vm.word[number] &= ~which
-    return asked
+    number = request_word(vcpu)
+    return load(vm.word, number) & which != ZERO and fetch_and(vm.word, number, ~which) & which != ZERO
 
 
 @inner
 def enter(vm, vcpu):
-    """Serve what was asked of the vCPU, also what serving it asks for, and enter the guest. False when that is the end."""
+    """Serve what was asked of the vCPU, and enter the guest. False when that is the end."""
+    if vm.word[VmWord.THREADS] == ZERO and not is_asked(vm, vcpu):
+        return True  # nearly always
+    return serve_and_enter(vm, vcpu)
+
+
+@inner
+def serve_and_enter(vm, vcpu):
+    """The same where something is asked, or other threads may ask.
+
+    First it says that it runs the guest, then it looks for requests: who asks first and looks then cannot miss it (facts 10).
+    """
+    while True:
+        if vm.word[VmWord.THREADS] != ZERO:
+            exchange(vm.word, request_word(vcpu) + ONE, IN_GUEST)
+        if not is_asked(vm, vcpu):
+            return True
+        store(vm.word, request_word(vcpu) + ONE, IN_KVM)
+        if not serve(vm, vcpu):
+            return False
+
+
+@inner
+def serve(vm, vcpu):
+    """What was asked of the vCPU, also what serving it asks for."""
     while is_asked(vm, vcpu):
         if take_request(vm, vcpu, FREE_OBSOLETE_ROOTS):
             free_obsolete_roots(vm, vcpu)

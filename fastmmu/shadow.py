@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import inner
+from fastmmu._jit import inner, store
 from fastmmu.bits import CR0, CR4, ONE, PAGE_SHIFT, ROLE, ZERO
 from fastmmu.leaf import sync_page
 from fastmmu.machine_state import Counter, Request, VmWord
@@ -151,7 +151,7 @@ def account_shadowed(vm, stat, gfn):
     if number != NO_SLOT:
         slot = vm.mem.slots[number]
         disallow_huge(vm, slot, gfn, 1)
-        if write_protect(vm, slot, gfn):
+        if write_protect(vm, stat, slot, gfn):
             flush_remote(vm.word, stat)
 
 
@@ -195,7 +195,7 @@ def link(vm, stat, index, child):
     if is_present(vm.spt[index]):
         zap_entry(vm, stat, index, np.uint64(vm.page[index >> INDEX_BITS]["level"]))
         flush_remote(vm.word, stat)
-    vm.spt[index] = make_table(vm.word, child)
+    store(vm.spt, index, make_table(vm.word, child))  # the table is whole before who walks without the lock sees it
     add_parent(vm, child, index)
     mark_link(vm, index, child)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import inner, load
-from fastmmu.bits import ACC, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, ZERO
+from fastmmu._jit import cmpxchg, inner, load
+from fastmmu.bits import ACC, EPT_SPTE, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, ZERO
 from fastmmu.machine_state import VmWord
 
 INDEX_BITS = np.uint64(9)
 INDEX_MASK = np.uint64(511)
+SAVED_SHIFT = np.uint64(54)
 GENERATION_LOW_BITS = np.uint64(8)
 GENERATION_LOW_SHIFT, GENERATION_HIGH_SHIFT = np.uint64(3), np.uint64(52)
 
@@ -70,6 +71,43 @@ def is_writable(spte):
 def pfn_of(spte):
     """Frame number in the entry: of memory, or the table's number."""
     return (spte & NPT_SPTE.ADDR) >> PAGE_SHIFT
+
+
+@inner
+def is_access_tracked(word, spte):
+    """Whether a leaf is made not present for the processor, so that its next use is seen: where sptes have no A (facts 3.2)."""
+    return word[VmWord.AD] == ZERO and spte & (EPT_SPTE.R | EPT_SPTE.W | EPT_SPTE.X) == ZERO
+
+
+@inner
+def is_accessed(word, spte):
+    """Whether a leaf was used since the host last asked."""
+    return spte & word[VmWord.ACCESSED] != ZERO if word[VmWord.AD] != ZERO else not is_access_tracked(word, spte)
+
+
+@inner
+def mark_old(word, spte):
+    """A leaf as it is after the host has asked: without A; or without R, W and X, of which R and X are kept elsewhere."""
+    if word[VmWord.AD] != ZERO:
+        return spte & ~word[VmWord.ACCESSED]
+    return (spte & ~(EPT_SPTE.R | EPT_SPTE.W | EPT_SPTE.X)) | ((spte & (EPT_SPTE.R | EPT_SPTE.X)) << SAVED_SHIFT)
+
+
+@inner
+def restore_access(spte):
+    """An access-tracked leaf as the processor takes it again. W stays clear: the next write sets it."""
+    return (spte & ~EPT_SPTE.SAVED) | ((spte & EPT_SPTE.SAVED) >> SAVED_SHIFT)
+
+
+@inner
+def age_leaf(word, spt, index):
+    """Mark the leaf at `index` as not used; whether it was."""
+    while True:
+        old = load(spt, index)
+        if not is_accessed(word, old):
+            return False
+        if cmpxchg(spt, index, old, mark_old(word, old)) == old:
+            return True
 
 
 @inner

@@ -35,7 +35,7 @@ def sync_children(vm, vcpu, top):
         protected = False
         at = first_leaf(vm)
         while at < length:
-            protected |= protect_table(vm, vm.word[np.uint64(VmWord.VECTOR_TABLE) + at])
+            protected |= protect_table(vm, vcpu.stat, vm.word[np.uint64(VmWord.VECTOR_TABLE) + at])
             at = next_leaf(vm, at + ONE)
         if protected:
             flush_remote(vm.word, vcpu.stat)
@@ -52,11 +52,11 @@ def sync_children(vm, vcpu, top):
 
 
 @inner
-def protect_table(vm, table):
+def protect_table(vm, stat, table):
     """Make the guest's table of a shadow page read-only; whether that is a reason to flush."""
     gfn = vm.page[table]["gfn"]
     number = find_slot(vm.mem.slots, gfn << PAGE_SHIFT)
-    return number != NO_SLOT and write_protect(vm, vm.mem.slots[number], gfn)
+    return number != NO_SLOT and write_protect(vm, stat, vm.mem.slots[number], gfn)
 
 
 @inner

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import inner
-from fastmmu.bits import ONE, ZERO
+from fastmmu._jit import cmpxchg, exchange, fetch_and, inner, load, pause, store
+from fastmmu.bits import FROZEN, ONE, ZERO
 from fastmmu.machine_state import TABLE_WORDS, Counter, VmWord
-from fastmmu.pool import INVALID, NO_TABLE, TABLE_SIZE, allocate, count, count_leaf, flush_remote, forget_nx_split, release
+from fastmmu.pool import (
+    INVALID,
+    NO_TABLE,
+    TABLE_SIZE,
+    allocate,
+    count,
+    count_leaf,
+    count_protected,
+    flush_remote,
+    forget_nx_split,
+    release,
+)
 from fastmmu.spte import (
     INDEX_BITS,
+    age_leaf,
     frame_at,
     is_leaf,
     is_present,
@@ -24,6 +36,8 @@ from fastmmu.spte import (
     pages_at,
     pfn_of,
 )
+
+LOST = ~ZERO  # instead of a table: another thread has changed the entry
 
 
 @inner
@@ -66,6 +80,17 @@ def invalidate_root(vm, stat):
 
 
 @inner
+def freeze(spt, index):
+    """Remove an entry of a table that goes, so that nobody puts another one there; returns what it was. Who is about to remove it
+    alone, under the lock for reading, is waited for (facts 10.5)."""
+    spte = exchange(spt, index, FROZEN)
+    while spte == FROZEN:
+        pause()
+        spte = exchange(spt, index, FROZEN)
+    return spte
+
+
+@inner
 def free_tables(vm, stat, top):
     """Free a table that nothing points to any more, and all tables below it."""
     table, index = top, top * TABLE_SIZE
@@ -78,7 +103,7 @@ def free_tables(vm, stat, top):
                 return
             table, index = parent >> INDEX_BITS, parent + ONE
             continue
-        spte, level = vm.spt[index], np.uint64(vm.page[table]["level"])
+        spte, level = freeze(vm.spt, index), np.uint64(vm.page[table]["level"])
         if is_table(spte, level):
             table = pfn_of(spte)
             index = table * TABLE_SIZE
@@ -89,17 +114,29 @@ def free_tables(vm, stat, top):
 
 
 @inner
-def point_to(vm, index, table):
-    """Make the entry at `index` point to a table."""
-    vm.spt[index] = make_table(vm.word, table)
-    vm.page[table]["parents"] = index
+def set_spte(vm, stat, index, level, spte):
+    """Replace an entry, and account for it. Needs the mmu lock for writing; the processor and the fast path may still change bits
+    of the old one."""
+    account(vm, stat, level, exchange(vm.spt, index, spte), spte)
 
 
 @inner
-def set_spte(vm, stat, index, level, spte):
-    """Replace an entry, and account for what it was and what it becomes; a table that it pointed to is freed."""
-    old = vm.spt[index]
-    vm.spt[index] = spte
+def try_set_spte(vm, stat, index, level, old, spte):
+    """The same under the mmu lock for reading: False, and nothing done, if the entry is not `old` any more, or is being removed
+    (facts 10.2)."""
+    if old == FROZEN:
+        return False
+    if cmpxchg(vm.spt, index, old, spte) != old:
+        count(stat, Counter.EXCHANGE_FAILED)
+        return False
+    account(vm, stat, level, old, spte)
+    return True
+
+
+@inner
+def account(vm, stat, level, old, spte):
+    """What an entry was goes, what it has become comes; a table that it pointed to is freed. For who made the exchange (facts
+    10.3)."""
     if is_leaf(old, level):
         count_leaf(stat, level, -1)
     elif is_present(old):
@@ -131,7 +168,7 @@ def zap_leafs(vm, stat, start, end):
 
 
 @inner
-def clear_bits(vm, start, end, min_level, bits):
+def clear_bits(vm, stat, start, end, min_level, bits):
     """Clear bits in every leaf of [start, end) from `min_level` up; returns whether any changed."""
     if vm.word[VmWord.TDP_ROOT] == NO_TABLE:
         return False
@@ -139,16 +176,33 @@ def clear_bits(vm, start, end, min_level, bits):
     gfn = start
     while gfn < end:
         index, level = lowest_under_root(vm, gfn)
-        spte = vm.spt[index]
+        spte = load(vm.spt, index)
         if level >= min_level and is_present(spte) and spte & bits != ZERO:
-            vm.spt[index] = spte & ~bits
+            if cmpxchg(vm.spt, index, spte, spte & ~bits) != spte:
+                continue  # again: it changed meanwhile
+            count_protected(stat, spte, bits)
             changed = True
         gfn = frame_at(gfn, level) + pages_at(level)
     return changed
 
 
 @inner
-def clear_bits_of_mask(vm, base, mask, bits):
+def age_leafs(vm, start, end):
+    """Mark every leaf that maps any gfn of [start, end) as not used; whether one was."""
+    if vm.word[VmWord.TDP_ROOT] == NO_TABLE:
+        return False
+    young = False
+    gfn = start
+    while gfn < end:
+        index, level = lowest_under_root(vm, gfn)
+        if is_present(vm.spt[index]):
+            young |= age_leaf(vm.word, vm.spt, index)
+        gfn = frame_at(gfn, level) + pages_at(level)
+    return young
+
+
+@inner
+def clear_bits_of_mask(vm, stat, base, mask, bits):
     """Clear bits in the 4 KiB leaves of the pages base + i for each bit i of `mask`."""
     if vm.word[VmWord.TDP_ROOT] == NO_TABLE:
         return
@@ -157,15 +211,16 @@ def clear_bits_of_mask(vm, base, mask, bits):
         if mask & ONE != ZERO:
             index, level = lowest_under_root(vm, gfn)
             if level == ONE and is_present(vm.spt[index]):
-                vm.spt[index] &= ~bits
+                count_protected(stat, fetch_and(vm.spt, index, ~bits), bits)
         gfn += ONE
         mask >>= ONE
 
 
 @inner
 def split_huge_page(vm, stat, index, level):
-    """Replace a huge leaf by a table of 512 that map the same; nothing needs a flush (facts 8.7). False without a free table."""
-    huge = vm.spt[index]
+    """Replace a huge leaf by a table of 512 that map the same; nothing needs a flush (facts 8.7). False without a free table. If
+    the leaf changes meanwhile, it stays: the caller looks at it again."""
+    huge = load(vm.spt, index)
     below = level - ONE
     gfn = pfn_of(huge)  # memory of the host is where the guest's is, in this model
     table = allocate(vm, gfn, below)
@@ -173,7 +228,10 @@ def split_huge_page(vm, stat, index, level):
         return False
     for i in range(TABLE_SIZE):
         vm.spt[table * TABLE_SIZE + i] = make_split_child(vm.word, huge, below, i)
-    point_to(vm, index, table)
+    vm.page[table]["parents"] = index
+    if cmpxchg(vm.spt, index, huge, make_table(vm.word, table)) != huge:
+        release(vm, table)
+        return True
     count_leaf(stat, level, -1)
     count_leaf(stat, below, TABLE_WORDS)
     return True
@@ -198,20 +256,29 @@ def split_range(vm, stat, start, end):
 
 
 @inner
-def link_table(vm, stat, index, level, gfn, nx_split):
-    """Put an empty table under the entry at `index`, in place of nothing or of an MMIO spte; NO_TABLE without a free one."""
+def link_table(vm, stat, index, level, gfn, nx_split, old):
+    """Put an empty table under the entry at `index`, in place of `old`: nothing, or an MMIO spte. NO_TABLE without a free one, LOST
+    if another thread was faster."""
     table = allocate(vm, frame_at(gfn, level), level - ONE)
     if table == NO_TABLE:
         return table
-    point_to(vm, index, table)
+    vm.page[table]["parents"] = index
     vm.page[table]["nx_split"] = nx_split
+    if cmpxchg(vm.spt, index, old, make_table(vm.word, table)) != old:
+        count(stat, Counter.EXCHANGE_FAILED)
+        release(vm, table)
+        return LOST
     if nx_split:
         count(stat, Counter.NX_LPAGE_SPLITS)
     return table
 
 
 @inner
-def zap_huge(vm, stat, index, level):
-    """A huge leaf gives way to a table: it is removed, and flushed before the table appears."""
-    set_spte(vm, stat, index, level, ZERO)
+def zap_huge(vm, stat, index, level, old):
+    """A huge leaf gives way to a table: it is frozen, and flushed before anything else takes its place (facts 10.4). False if it
+    had changed."""
+    if not try_set_spte(vm, stat, index, level, old, FROZEN):
+        return False
     flush_remote(vm.word, stat)
+    store(vm.spt, index, ZERO)
+    return True

@@ -13,7 +13,7 @@ from fastmmu.bits import PAGE_SIZE
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine, MachineError, NotBuilt
-from fastmmu.machine_state import KVM_COUNTERS, REQUESTS, LogKind, Request, SlotFlag, Stop, VmWord
+from fastmmu.machine_state import KVM_COUNTERS, PER_VCPU, LogKind, Request, SlotFlag, Stop, VmWord
 from fastmmu.paging import Cpu
 from fastmmu.program import Program, write_program
 from fastmmu.trace.npz import TraceError
@@ -168,7 +168,7 @@ class Replay:
 
     def do_create_vcpu(self, step: dict[str, Any]) -> None:
         """A further vCPU: the machine has it already, but what was asked of all vCPUs before does not concern it."""
-        self.machine.vm.word[REQUESTS + step["vcpu"]] = Request.LOAD_ROOT
+        self.machine.vm.word[VmWord.REQUESTS + PER_VCPU * step["vcpu"]] = Request.LOAD_ROOT
 
     def do_set_msr(self, step: dict[str, Any]) -> None:
         """Only VM_HSAVE_PA, where a nested hypervisor keeps its state: no effect on the MMU."""

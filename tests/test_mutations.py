@@ -25,6 +25,7 @@ KVM = ("tests/test_kvm_rules.py", "tests/test_scenarios.py")
 STREAMS = ("tests/test_kvm_rules.py", "tests/test_streams.py")
 SHADOW = ("tests/test_shadow_rules.py", "tests/test_scenarios.py")
 TLB_KEYS = ("tests/test_streams.py::test_protection_keys_bind_accesses_that_the_tlb_serves",)
+FAST = ("tests/test_fast_fault.py",)
 FIRST_PAGE = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[recycled_first_page]",)
 MANY_UNSYNC = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[many_unsync]",)
 
@@ -95,7 +96,7 @@ MUTANTS = (
     Mutant("no access check", "mmio.py", "if denied(generation, mmu, entry[Mmio.ACCESS], access):", "if False:", MMIO),
     Mutant("stale for ever", "judge.py", "        legal[0] = granted_today(vm, entry)", "        legal[0] |= granted_today(vm, entry)", MMIO),
     Mutant("changes never legal", "judge.py", "        legal[0] |= granted_today(vm, entry)", "        pass", MMIO),
-    Mutant("the fast path does not log", "fault.py", "                mark_dirty(vm, vm.mem.slots[number], gfn)\n            count(vcpu.stat, Counter.PF_FAST)", "                pass\n            count(vcpu.stat, Counter.PF_FAST)", KVM),
+    Mutant("the fast path does not log", "fault.py", "is_writable(wanted) and not is_writable(spte):\n                mark_dirty", "False:\n                mark_dirty", KVM),
     Mutant("the fast path opens huge pages", "fault.py", "                return Outcome.INVALID  # only the first of its pages would be logged", "                pass", KVM),
     Mutant("stale MMIO sptes answer", "fault.py", " or mmio_generation(spte) != generation & MMIO_SPTE.GENERATION:", ":", KVM),
     Mutant("read-only memslots mapped for writes", "fault.py", "elif pferr & PFERR.W != ZERO and is_readonly(vm.mem.slots[number]):", "elif False:", KVM),
@@ -108,8 +109,8 @@ MUTANTS = (
     Mutant("tables give way under NX", "shadow_fault.py", "return vm.word[VmWord.NX_HUGE_PAGES] != ZERO and level > ONE and level == goal and is_table(spte, level)", "return False", KVM),
     Mutant("huge pages executable under NX", "spte.py", " and not (level > ONE and word[VmWord.NX_HUGE_PAGES] != ZERO)", "", KVM),
     Mutant("eight bits of generation", "spte.py", "| low | high |", "| low |", KVM),
-    Mutant("logging takes MMU_WRITABLE", "dirty_log.py", "        clear_slot_bits(vm, slot, ONE, W)", "        clear_slot_bits(vm, slot, ONE, W | vm.word[VmWord.MMU_WRITABLE])", KVM),
-    Mutant("no flush when logging begins", "dirty_log.py", "        clear_slot_bits(vm, slot, ONE, W)\n    flush_remote(vm.word, stat)", "        clear_slot_bits(vm, slot, ONE, W)", KVM),
+    Mutant("logging takes MMU_WRITABLE", "dirty_log.py", "        clear_slot_bits(vm, stat, slot, ONE, W)", "        clear_slot_bits(vm, stat, slot, ONE, W | vm.word[VmWord.MMU_WRITABLE])", KVM),
+    Mutant("no flush when logging begins", "dirty_log.py", "        unlock_for_writing(vm.word, stat)\n    flush_remote(vm.word, stat)\n\n\n@inner\ndef clear_logged_dirty", "        unlock_for_writing(vm.word, stat)\n\n\n@inner\ndef clear_logged_dirty", KVM),
     Mutant("GET leaves the bitmap", "dirty_log.py", "mask = exchange(vm.slot_words, at, ZERO)", "mask = vm.slot_words[at]", KVM),
     Mutant("CLEAR leaves huge pages MMU-writable", "dirty_log.py", "bits = W | vm.word[VmWord.MMU_WRITABLE]", "bits = W", KVM),
     Mutant("huge pages do not come back", "dirty_log.py", 'vm.word[VmWord.MAX_LEVEL]) >= level:', 'vm.word[VmWord.MAX_LEVEL]) > level:', KVM),
@@ -131,7 +132,7 @@ MUTANTS = (
     Mutant("requests served once", "roots.py", "    while is_asked(vm, vcpu):", "    if is_asked(vm, vcpu):", SHADOW),
     Mutant("the emulator's A bits not logged", "shadow_fault.py", "            mark_dirty(vm, vm.mem.slots[number], table >> PAGE_SHIFT)\n", "", SHADOW),
     Mutant("keys not asked on a TLB hit", "tlb.py", "denied = denied or key_fault", "denied = denied or False and key_fault", TLB_KEYS),
-    Mutant("a shadowed table is not write-protected", "shadow.py", "        if write_protect(vm, slot, gfn):\n", "        if False:\n", SHADOW),
+    Mutant("a shadowed table is not write-protected", "shadow.py", "        if write_protect(vm, stat, slot, gfn):\n", "        if False:\n", SHADOW),
     Mutant("huge pages over shadowed tables", "shadow.py", "        disallow_huge(vm, slot, gfn, 1)", "        pass", SHADOW),
     Mutant("huge pages for ever forbidden", "shadow.py", "        disallow_huge(vm, vm.mem.slots[number], gfn, -1)", "        pass", SHADOW),
     Mutant("MMU_WRITABLE left on a shadowed table", "rmap.py", "level, NPT_SPTE.W | vm.word[VmWord.MMU_WRITABLE])", "level, NPT_SPTE.W)", SHADOW),
@@ -230,8 +231,17 @@ MUTANTS = (
     Mutant("only the second page starts again", "guest.py", "elif fetching:\n            target, wanted", "elif fetching:\n            target = second if first.status == Status.DONE else gva\n            _, wanted", FIRST_PAGE),
     Mutant("a plain walk forgets the leaf's U", "roots.py", "        needed |= ACC.U\n", "        pass\n", SHADOW),
     Mutant("a plain walk forgets SMEP and SMAP", "roots.py", "        forbidden |= ACC.U\n", "        pass\n", SHADOW),
-    Mutant("a plain walk sets no D", "hardware.py", "        fetch_or(vm.spt, index, missing)  #", "        # fetch_or(vm.spt, index, missing)", SHADOW),
+    Mutant("a plain walk sets no D", "hardware.py", "        if cmpxchg(vm.spt, index, spte, spte | missing) != spte:", "        if False:", SHADOW),
     Mutant("old epochs come back", "tlb.py", "                tlb[index, i] = ZERO\n        tlb", "                pass\n        tlb", ("tests/test_streams.py",)),
+    Mutant("every fault takes the lock", "fault.py", "if vm.word[VmWord.FAST_PAGE_FAULT] != ZERO:", "if False:", FAST),
+    Mutant("the fast path cannot be switched off", "fault.py", "if vm.word[VmWord.FAST_PAGE_FAULT] != ZERO:", "if True:", FAST),
+    Mutant("a huge page that logs is fixed fast", "fault.py", "                return Outcome.INVALID  # only the first", "                pass  # only the first", FAST),
+    Mutant("the fast path dirties what it does not make writable", "fault.py", "is_writable(wanted) and not is_writable(spte):", "True:", FAST),
+    Mutant("access tracking is not undone", "fault.py", "restore_access(spte) if is_access_tracked(word, spte) else spte", "spte", FAST),
+    Mutant("an aged page keeps W", "spte.py", "(spte & ~(EPT_SPTE.R | EPT_SPTE.W | EPT_SPTE.X)) | ((spte", "(spte & ~(EPT_SPTE.R | EPT_SPTE.X)) | ((spte", FAST),
+    Mutant("saved rights stay", "spte.py", "return (spte & ~EPT_SPTE.SAVED) |", "return spte |", FAST),
+    Mutant("aging does not flush", "host.py", "    if young:\n        flush_remote", "    if False:\n        flush_remote", FAST),
+    Mutant("what is old is aged again", "spte.py", "        if not is_accessed(word, old):\n            return False\n", "", ("tests/test_fast_fault.py::test_aging_of_huge_pages_and_of_nothing",)),
 )  # fmt: skip
 
 
