@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from fastmmu import commands
 from fastmmu.processor import GeneralProtection
+from fastmmu.races import RACES
 from fastmmu.trace import TraceError
 from fastmmu.trace.npz import MAXPHYADDR
 from fastmmu.translate import checked_gva
@@ -86,6 +87,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("--records", type=positive, help="the first records only")
     command.add_argument("--audit", action="store_true", help="check the whole state every 65,536 events")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    command = subparsers.add_parser(
+        "races",
+        help="try every order of steps on the path without the mmu lock, with each guard in place and with it taken out",
+        description="Run the functions that ship as threads that take turns at each shared word, in every order that matters. "
+        "Exit status 0 if no order is wrong with the guard in place, and one is without it.",
+    )
+    command.set_defaults(run=commands.races_command)
+    command.add_argument("names", nargs="*", metavar="NAME", help=f"programs (default: all): {', '.join(RACES)}")
     return parser.parse_args(arguments)
 
 

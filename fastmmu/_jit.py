@@ -7,6 +7,7 @@ plain twins, one Python statement after another.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import shutil
 import tempfile
@@ -246,43 +247,32 @@ if JIT:
         return types.void(array, index), codegen
 
 else:
+    # The race explorer puts arrays of its own in the place of NumPy's: for these each of the following is one step.
 
     def cmpxchg(array, index, expected, desired):
         """Plain twin of the atomic instruction."""
+        if type(array) is not np.ndarray:
+            return array.cmpxchg(index, expected, desired)
         seen = array[index]
         if seen == expected:
             array[index] = desired
         return seen
 
-    def fetch_or(array, index, value):
-        """Plain twin of the atomic instruction."""
-        seen = array[index]
-        array[index] = seen | value
-        return seen
+    def _read_modify_write(operation):
+        def modify(array, index, value):
+            """Plain twin of the atomic instruction."""
+            if type(array) is not np.ndarray:
+                return array.modify(index, value, operation)
+            seen = array[index]
+            array[index] = operation(seen, value)
+            return seen
 
-    def fetch_and(array, index, value):
-        """Plain twin of the atomic instruction."""
-        seen = array[index]
-        array[index] = seen & value
-        return seen
+        return modify
 
-    def fetch_add(array, index, value):
-        """Plain twin of the atomic instruction."""
-        seen = array[index]
-        array[index] = seen + value
-        return seen
-
-    def fetch_sub(array, index, value):
-        """Plain twin of the atomic instruction."""
-        seen = array[index]
-        array[index] = seen - value
-        return seen
-
-    def exchange(array, index, value):
-        """Plain twin of the atomic instruction."""
-        seen = array[index]
-        array[index] = value
-        return seen
+    fetch_or, fetch_and = _read_modify_write(operator.or_), _read_modify_write(operator.and_)
+    fetch_add, fetch_sub = _read_modify_write(operator.add), _read_modify_write(operator.sub)
+    exchange = _read_modify_write(lambda seen, value: value)
+    waiting: list[Callable[[], None]] = []  # what the race explorer does where a thread waits for another one
 
     def load(array, index):
         """Plain twin of the atomic instruction."""
@@ -293,7 +283,9 @@ else:
         array[index] = value
 
     def pause():
-        """Nothing to do without compiled code."""
+        """Nothing to do without compiled code, but for the race explorer."""
+        for wait in waiting:
+            wait()
 
     def cycles():
         """Nanoseconds instead."""

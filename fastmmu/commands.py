@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,7 @@ from fastmmu.audit_state import AuditError
 from fastmmu.explain import explain
 from fastmmu.kvm import Kvm
 from fastmmu.machine import MachineError, NotBuilt
+from fastmmu.races import RACES
 from fastmmu.stream import machine_for, replay_stream
 from fastmmu.trace import TraceError, load_replay, load_snapshot
 from fastmmu.trace.scenario import load_scenario
@@ -47,6 +50,21 @@ def tell_compiling(wanted: bool = True) -> None:
 
     if not drive.stats.cache_path or not list(Path(drive.stats.cache_path).glob("drive.drive-*.nbi")):
         console().print("compiling the MMU's kernels, once for this build: under a minute")
+
+
+def races_command(args: argparse.Namespace) -> int:
+    """`fastmmu races`: itself without the JIT, where functions can be stopped at each shared word; exit status 1 where a program
+    did not come out as it should."""
+    unknown = sorted(set(args.names) - set(RACES))
+    if unknown:
+        complain(f"races: {unknown[0]!r}, expected one of {', '.join(RACES)}")
+        return UNREADABLE
+    if JIT:
+        environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+        return subprocess.run([sys.executable, "-m", "fastmmu", "races", *args.names], env=environment, check=False).returncode
+    from fastmmu.races.report import explore_all
+
+    return EQUAL if explore_all(args.names or RACES, lambda line: print(line, flush=True)) else DIFFERS
 
 
 def translate_command(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastmmu._jit import exchange, fetch_and, inner
 from fastmmu.bits import NPT_SPTE, ONE, ZERO
-from fastmmu.hardware import drain_pml
+from fastmmu.exits import drain_pml
 from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading, unlock_for_writing
 from fastmmu.machine_state import VmWord
 from fastmmu.memslot import WORD_BITS, max_mapping_level

@@ -9,6 +9,7 @@ from fastmmu._jit import inner, kernel, load
 from fastmmu.bits import CR0, CR4, GPTE64, ONE, PAGE_OFFSET, PFERR, WORD_SHIFT, ZERO
 from fastmmu.bits import CR3 as CR3_BITS
 from fastmmu.events import Op
+from fastmmu.exits import ask_one, is_asked, leave, request_word
 from fastmmu.guest import (
     access_bytes,
     emulate,
@@ -18,16 +19,14 @@ from fastmmu.guest import (
     write_log,
     write_memory,
 )
-from fastmmu.hardware import leave, look_ahead, not_plain, request_word, walk_plainly
+from fastmmu.hardware import look_ahead, not_plain, walk_plainly
 from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, LogKind, Status, Stop, Touch, VcpuState, VcpuWord, VmWord
 from fastmmu.memslot import note_write, slot_by_id
 from fastmmu.pool import NO_TABLE, count
 from fastmmu.roots import (
     FLUSH_GUEST,
-    ask_one,
     change_registers,
     enter,
-    is_asked,
     is_shadow_paging,
     load_pdptes,
     set_cr3,

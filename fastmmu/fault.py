@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastmmu import guards
 from fastmmu._jit import cmpxchg, exchange, inner, load, store
 from fastmmu.bits import ACC, FROZEN, GENERATION_UPDATING, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, ZERO
-from fastmmu.hardware import IN_KVM, is_executable, request_word, root_for
+from fastmmu.exits import IN_KVM, request_word
+from fastmmu.hardware import is_executable, root_for
 from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading, unlock_for_writing
 from fastmmu.machine_state import Counter, Outcome, Running, VcpuWord, VmWord
-from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
+from fastmmu.memslot import host_frame, is_readonly, logs_dirty, mark_dirty, slot_by_gfn
 from fastmmu.mmio import covers, fill, match_gpa
 from fastmmu.pool import NO_TABLE, count, flush_remote
 from fastmmu.roots import is_shadow_paging
@@ -110,8 +112,9 @@ def allows(word, spte, access):
 
 
 @inner
-def fast_fault(vm, vcpu, number, gfn, pferr):
-    """The path without mmu lock: FIXED, SPURIOUS, or INVALID when it is not for this path (facts section 6).
+def fast_fault(vm, vcpu, number, page, gfn, pferr):
+    """The path without mmu lock: FIXED, SPURIOUS, or INVALID when it is not for this path (facts section 6). By `page` the entry is
+    found: in a direct map it is the gfn.
 
     Only a write to a present entry; where sptes have no A and D, also faults on entries that are not present for the processor.
     """
@@ -125,7 +128,7 @@ def fast_fault(vm, vcpu, number, gfn, pferr):
     where = request_word(vcpu) + ONE
     if vm.word[VmWord.THREADS] != ZERO:
         exchange(vm.word, where, READING)  # who frees a table waits until this one has left (facts 6.2)
-    outcome = fix_fast(vm, vcpu, number, gfn, pferr)
+    outcome = fix_fast(vm, vcpu, number, page, gfn, pferr)
     store(vm.word, where, IN_KVM)
     if outcome != Outcome.INVALID:
         count(vcpu.stat, Counter.PF_FAST)
@@ -133,12 +136,12 @@ def fast_fault(vm, vcpu, number, gfn, pferr):
 
 
 @inner(inline=True)
-def fix_fast(vm, vcpu, number, gfn, pferr):
+def fix_fast(vm, vcpu, number, page, gfn, pferr):
     """Make the leaf for `gfn` allow the access by a compare-exchange, at most FAST_RETRIES + 1 of them (facts 6.2)."""
     word = vm.word
-    table, root_level = root_for(vm, vcpu, gfn)
+    table, root_level = root_for(vm, vcpu, page)
     for _ in range(FAST_RETRIES + 1):
-        index, level = lowest(vm.spt, table, root_level, gfn)
+        index, level = lowest(vm.spt, table, root_level, page)
         spte = load(vm.spt, index)
         if not is_leaf(spte, level):
             return Outcome.INVALID
@@ -151,7 +154,9 @@ def fix_fast(vm, vcpu, number, gfn, pferr):
                 return Outcome.INVALID  # only the first of its pages would be logged
         if wanted == spte or not allows(word, wanted, pferr):
             return Outcome.INVALID
-        if cmpxchg(vm.spt, index, spte, wanted) == spte:
+        if not guards.FAST_EXCHANGE:
+            store(vm.spt, index, wanted)
+        if not guards.FAST_EXCHANGE or cmpxchg(vm.spt, index, spte, wanted) == spte:
             count(vcpu.stat, Counter.FAST_FIXED)
             if number != NO_SLOT and is_writable(wanted) and not is_writable(spte):
                 mark_dirty(vm, vm.mem.slots[number], gfn)
@@ -167,7 +172,7 @@ def new_leaf(vm, vcpu, number, gfn, level, old):
         count(vcpu.stat, Counter.PF_MMIO_SPTE_CREATED)
         return make_mmio(vm.word, gfn, ACC.ALL)
     slot = vm.mem.slots[number]
-    spte = make_leaf(vm.word, frame_at(gfn, level), level, ACC.ALL, old, not is_readonly(slot), False)
+    spte = make_leaf(vm.word, host_frame(vm.frames, frame_at(gfn, level)), level, ACC.ALL, old, not is_readonly(slot), False)
     if is_writable(spte):
         mark_dirty(vm, slot, gfn)
     return spte
@@ -260,7 +265,7 @@ def handle_direct(vm, vcpu, address, pferr):
     if is_tracked_write(vm, number, gfn, pferr):
         return Outcome.EMULATE
     if vm.word[VmWord.FAST_PAGE_FAULT] != ZERO:
-        outcome = fast_fault(vm, vcpu, number, gfn, pferr)
+        outcome = fast_fault(vm, vcpu, number, gfn, gfn, pferr)
         if outcome != Outcome.INVALID:
             return outcome
     gva = ZERO if vm.word[VmWord.TDP] != ZERO else address
@@ -290,6 +295,10 @@ def handle_indirect(vm, vcpu, gva, pferr):
     if is_tracked_write(vm, number, gfn, pferr):
         clear_floods(vm, vcpu, gva)
         return Outcome.EMULATE
+    if not guards.DIRECT_ONLY:
+        outcome = fast_fault(vm, vcpu, number, gva >> PAGE_SHIFT, gfn, pferr)
+        if outcome != Outcome.INVALID:
+            return outcome
     limit = mapping_limit(vm, vcpu, gva, walk, pferr)
     if without_memory(vm, vcpu, number, gva, gfn, walk.access, pferr) == Outcome.EMULATE:
         return Outcome.EMULATE

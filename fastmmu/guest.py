@@ -9,8 +9,9 @@ import numpy as np
 
 from fastmmu._jit import inner
 from fastmmu.bits import ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
+from fastmmu.exits import leave
 from fastmmu.fault import page_fault
-from fastmmu.hardware import ADDRESS_32, access_gpa, leave, not_plain, translate_page, walk_and_insert
+from fastmmu.hardware import ADDRESS_32, access_gpa, not_plain, translate_page, walk_and_insert
 from fastmmu.machine_state import Counter, LogKind, Outcome, Status, Stop, Touch, VcpuWord, VmWord
 from fastmmu.memslot import is_readonly, mark_dirty, note_write, slot_by_gfn
 from fastmmu.mmio import cached_gpa, match, match_gpa
@@ -23,7 +24,7 @@ from fastmmu.unsync import is_write_tracked, refuses_write
 from fastmmu.walk import MODE_NONE
 
 ATTEMPTS = 4096  # an instruction that faults so often without getting on never will: two dimensions of tables need 24
-THREAD_ATTEMPTS = 1 << 26  # while other threads run: one that was put to sleep in the middle of a change is waited for
+THREAD_ATTEMPTS = 64_000_000  # while other threads run: one that was put to sleep in the middle of a change is waited for
 NO_FETCH = ZERO
 BYTE_BITS, BYTES_MASK, WORD_BITS = np.uint64(3), np.uint64(7), np.uint64(64)
 MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATION), int(VcpuWord.MMIO_GENERATION) + 1

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import cmpxchg, inner, load, prefetch, store
+from fastmmu._jit import cmpxchg, inner, load, prefetch
 from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
-from fastmmu.machine_state import PML_ENTRIES, Counter, Running, Status, Touch, VcpuWord, VmWord
-from fastmmu.memslot import mark_dirty, note_write, slot_by_gfn
+from fastmmu.exits import log_modification
+from fastmmu.machine_state import Counter, Status, Touch, VcpuWord, VmWord
+from fastmmu.memslot import note_write
 from fastmmu.paging import LONG4
 from fastmmu.permission import fault_kind, key_fault, permission_fault
-from fastmmu.pool import FIRST_REQUEST, NO_TABLE, WORDS_PER_VCPU, count
+from fastmmu.pool import NO_TABLE, count
 from fastmmu.spte import INDEX_BITS, INDEX_MASK, entry_of, frame_at, is_last, is_writable, pfn_of
-from fastmmu.state import NO_SLOT, Reg
-from fastmmu.tlb import flush, insert, lookup
+from fastmmu.state import Reg
+from fastmmu.tlb import insert, lookup
 from fastmmu.walk import (
     ALL_ONES,
     MODE_LONG4,
@@ -42,7 +43,6 @@ ADDRESS_32 = field(31, 0)
 POINTER_MASK = NPT_SPTE.MMU_PRESENT | NPT_SPTE.PS
 ENTRY_SHIFT = np.uint64(3)
 FOUR_ROOTS = ALL_ONES  # instead of a root: the four of PAE paging
-IN_KVM = np.uint64(Running.KVM)
 GUESS_MASK = np.uint64(255)
 NOWHERE = ALL_ONES  # instead of the index of an spte: the entry faults
 
@@ -54,46 +54,6 @@ def root_for(vm, vcpu, page):
     if own[VcpuWord.ROOT_LEVEL] != PAE_LEVEL:
         return own[VcpuWord.ROOT], own[VcpuWord.ROOT_LEVEL]
     return own[np.uint64(VcpuWord.PAE_ROOT) + ((page >> PAE_ROOT_SHIFT) & PAE_ROOT_MASK)], PAE_LEVEL
-
-
-@inner
-def request_word(vcpu):
-    """Where in `vm.word` the vCPU's requests stand; behind them, where its thread is (a Running)."""
-    return FIRST_REQUEST + vcpu.own[VcpuWord.NUMBER] * WORDS_PER_VCPU
-
-
-@inner
-def drain_pml(vm, vcpu):
-    """Each exit takes the logged pages over into the dirty bitmaps."""
-    for i in range(vcpu.own[VcpuWord.PML]):
-        gfn = vcpu.own[np.uint64(VcpuWord.PML_LOG) + i]
-        number = slot_by_gfn(vm, vcpu, gfn)
-        if number != NO_SLOT:
-            mark_dirty(vm, vm.mem.slots[number], gfn)
-    vcpu.own[VcpuWord.PML] = ZERO
-
-
-@inner(inline=True)
-def leave(vm, vcpu):
-    """The guest exits to KVM."""
-    store(vm.word, request_word(vcpu) + ONE, IN_KVM)
-    count(vcpu.stat, Counter.EXITS_NO_IRQ)
-    if vm.word[VmWord.PML] != ZERO:
-        drain_pml(vm, vcpu)
-    if vm.word[VmWord.TLB_FLUSHED_ON_EXIT] != ZERO:
-        flush(vcpu.tlb)
-
-
-@inner
-def log_modification(vm, vcpu, gfn):
-    """The processor sets D in an spte: with page-modification logging it notes the page; a full log exits first."""
-    if vm.word[VmWord.PML] == ZERO or vm.word[VmWord.LOGGING_SLOTS] == ZERO:
-        return
-    if vcpu.own[VcpuWord.PML] == np.uint64(PML_ENTRIES):
-        count(vcpu.stat, Counter.PML_FULL)
-        leave(vm, vcpu)
-    vcpu.own[np.uint64(VcpuWord.PML_LOG) + vcpu.own[VcpuWord.PML]] = gfn
-    vcpu.own[VcpuWord.PML] += ONE
 
 
 @inner

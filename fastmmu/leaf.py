@@ -10,7 +10,7 @@ import numpy as np
 from fastmmu._jit import exchange, inner, load
 from fastmmu.bits import ACC, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO
 from fastmmu.machine_state import Counter, Outcome, VmWord
-from fastmmu.memslot import is_readonly, logs_dirty, mark_dirty, slot_by_gfn
+from fastmmu.memslot import host_frame, is_readonly, logs_dirty, mark_dirty, slot_by_gfn
 from fastmmu.pool import NONE, TABLE_SIZE, count, count_leaf, flush_remote
 from fastmmu.rmap import (
     ACCESS_SHIFT,
@@ -50,7 +50,7 @@ def make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, can_unsync, host_w
         elif not is_present(old):
             vm.word[VmWord.UNASKED] += ONE
     rights = access & ~ACC.W if refused else access
-    spte = make_leaf(vm.word, gfn, level, rights, old, host_writable, prefetch)
+    spte = make_leaf(vm.word, host_frame(vm.frames, gfn), level, rights, old, host_writable, prefetch)
     if is_writable(spte):
         mark_dirty(vm, slot, gfn)
     return spte, refused
@@ -65,7 +65,7 @@ def set_leaf(vm, vcpu, number, index, level, gfn, access, write):
         if is_table(old, level):
             drop_parent(vm, pfn_of(old), index)
             flushes = True
-        elif pfn_of(old) != gfn or number == NO_SLOT:
+        elif number == NO_SLOT or pfn_of(old) != host_frame(vm.frames, gfn):
             drop_leaf(vm, vcpu.stat, index)
             flushes = True
         else:
@@ -165,7 +165,7 @@ def prefetch_run(vm, vcpu, start, end):
         return True
     word, at = vm.word, rmap_index(slot, gfn, ONE)
     for index in range(start, end):
-        vm.spt[index] = make_leaf(word, gfn, ONE, access, vm.spt[index], True, True)
+        vm.spt[index] = make_leaf(word, host_frame(vm.frames, gfn), ONE, access, vm.spt[index], True, True)
         enter_rmap(vm, vcpu.stat, at, index)
         at += ONE
         gfn += ONE

@@ -129,7 +129,7 @@ class Machine:
         desc = np.frombuffer(reserve(tables * TABLE_WORDS * int(DESC_WORDS) * 8), np.uint64)
         slot_words = np.frombuffer(reserve(SLOT_WORDS * 8), np.uint64)
         self.slot_words_used = 0
-        self.vm = KvmState(mem, spt, shadowed, desc, np.zeros(tables, SHADOW_PAGE), slot_words, word)
+        self.vm = KvmState(mem, spt, shadowed, desc, np.zeros(tables, SHADOW_PAGE), slot_words, None, word)
 
     def _make_vcpus(self, cpu: Cpu) -> None:
         count, (sets, ways) = self.vcpus, self.kvm.tlb
@@ -209,7 +209,7 @@ class Machine:
         """Give a memslot its words: bitmaps, counts against huge pages, reverse map. They cost memory only where they are used."""
         base, pages = int(row["base"]), int(row["pages"])
         end = self.slot_words_used
-        for name in ("dirty", "written", "report"):
+        for name in ("dirty", "written", "report", "host_dirty"):
             row[name] = end
             end += -(-pages // 64)
         frames = {level: ((base + pages - 1) >> 9 * (level - 1)) - (base >> 9 * (level - 1)) + 1 for level in (1, 2, 3)}

@@ -29,6 +29,7 @@ MEMSLOT = np.dtype([
     ("dirty", np.uint64),  # where its words begin in `KvmState.slot_words`: the dirty bitmap,
     ("written", np.uint64),  # what was written since it was last reported (for the audit),
     ("report", np.uint64),  # the bitmap that a DIRTY_GET returns, or a DIRTY_CLEAR takes,
+    ("host_dirty", np.uint64),  # what the host was told to be dirty, when a leaf was removed,
     ("disallow", np.uint64, 4),  # by level: counts of reasons against a huge page, one word each huge frame,
     ("rmap", np.uint64, 4),  # by level: for each frame the list of the sptes that map it
 ])  # fmt: skip
@@ -346,6 +347,7 @@ class KvmState(NamedTuple):
     desc: np.ndarray  # uint64: descriptors of lists of sptes, 16 words each (see rmap.py)
     page: np.ndarray  # SHADOW_PAGE[tables]
     slot_words: np.ndarray  # uint64: what memslots keep by page
+    frames: np.ndarray | None  # uint64: by gfn, the frame of host memory behind it; None: where the guest's is
     word: np.ndarray  # uint64[VmWord.REQUESTS + PER_VCPU * vcpus]
 
 

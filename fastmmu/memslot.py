@@ -84,6 +84,14 @@ def note_write(vm, vcpu, gpa):
 
 
 @inner
+def host_frame(frames, gfn):
+    """The frame of host memory behind a gfn."""
+    if frames is None:
+        return gfn
+    return frames[gfn]
+
+
+@inner
 def max_mapping_level(vm, slot, gfn, level):
     """Highest level, up to `level`, at which the frame may be mapped: by the slot's bounds and by the host (facts 5.9.3)."""
     if slot["host_level"] == ONE:

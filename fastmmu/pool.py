@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastmmu import guards
 from fastmmu._jit import fetch_or, inner, load
 from fastmmu.bits import NPT_SPTE, ONE, ROLE, ZERO, field
 from fastmmu.lock import back_off, lock_pool, unlock_pool
@@ -36,7 +37,7 @@ def flush_remote(word, stat):
     """Ask for a flush of every vCPU's TLB, before it enters the guest again; and wait until each has left it."""
     count(stat, Counter.REMOTE_TLB_FLUSH_REQUESTS)
     ask(word, TLB_FLUSH)
-    if word[VmWord.THREADS] != ZERO:
+    if word[VmWord.THREADS] != ZERO and guards.FLUSH_WAITS:
         wait_for_exits(word)
 
 

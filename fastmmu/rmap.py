@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import exchange, fetch_and, inner
+from fastmmu import guards
+from fastmmu._jit import exchange, fetch_and, inner, load, store
 from fastmmu.bits import NPT_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, ROLE, ZERO, bit
 from fastmmu.machine_state import Counter, VmWord
 from fastmmu.memory import find_slot
+from fastmmu.memslot import set_bit
 from fastmmu.pool import DIRECT, NONE, TABLE_SIZE, count_leaf, count_protected, flush_remote
-from fastmmu.spte import INDEX_BITS, age_leaf, is_writable, pages_at
+from fastmmu.spte import INDEX_BITS, age_leaf, is_accessed, is_dirty, is_writable, pages_at
 from fastmmu.state import NO_SLOT
 
 MANY = bit(63)
@@ -189,6 +191,18 @@ def add_leaf(vm, stat, slot, index, gfn, access, level):
 
 
 @inner
+def take_leaf(vm, index):
+    """Remove a leaf; returns what it was. The fast path and the processor may still change it until then."""
+    if guards.ATOMIC_CLEAR:
+        return exchange(vm.spt, index, ZERO)
+    old = load(vm.spt, index)
+    if is_writable(old) or not is_accessed(vm.word, old):
+        return exchange(vm.spt, index, ZERO)
+    store(vm.spt, index, ZERO)
+    return old
+
+
+@inner
 def drop_leaf(vm, stat, index):
     """Remove the leaf of a shadow page, from the reverse map too."""
     level = np.uint64(vm.page[index >> INDEX_BITS]["level"])
@@ -197,7 +211,9 @@ def drop_leaf(vm, stat, index):
     if number != NO_SLOT:
         at = rmap_index(vm.mem.slots[number], gfn, level)
         vm.slot_words[at] = remove(vm, vm.slot_words[at], index)
-    exchange(vm.spt, index, ZERO)
+    old = take_leaf(vm, index)
+    if number != NO_SLOT and is_dirty(vm.word, old):
+        set_bit(vm.slot_words, vm.mem.slots[number]["host_dirty"], gfn - vm.mem.slots[number]["base"])
     count_leaf(stat, level, -1)
 
 
@@ -226,10 +242,11 @@ def clear_rmap_bits(vm, stat, slot, gfn, level, bits):
     while cursor != ZERO:
         index = at_cursor(vm, cursor)
         cursor = after(vm, cursor)
-        if vm.spt[index] & bits != ZERO:
+        seen = load(vm.spt, index)
+        if seen & bits != ZERO:
             old = fetch_and(vm.spt, index, ~bits)
             count_protected(stat, old, bits)
-            flushes |= loses(vm.word, old, old & ~bits)
+            flushes |= loses(vm.word, old, old & ~bits) if guards.FLUSH_IF_MMU_WRITABLE else is_writable(seen)
     return flushes
 
 

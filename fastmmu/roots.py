@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import exchange, fetch_and, fetch_or, inner, load, store
+from fastmmu._jit import exchange, inner, store
 from fastmmu.bits import ACC, CR0, CR3, CR4, EFER, GPTE64, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO, field
-from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT, needs_of, request_word
-from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, Request, Running, Stop, VcpuWord, VmWord
+from fastmmu.exits import IN_GUEST, IN_KVM, ask_one, is_asked, request_word, take_request
+from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT, needs_of
+from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, Request, Stop, VcpuWord, VmWord
 from fastmmu.memory import find_slot
 from fastmmu.paging import TWO_LEVEL
 from fastmmu.pool import NO, NO_TABLE, NONE, count, is_obsolete
@@ -32,7 +33,6 @@ from fastmmu.tdp import put_root as put_tdp_root
 from fastmmu.tlb import flush
 from fastmmu.walk import MODE_NONE, MODE_PAE, MODE_TWO_LEVEL, mode_of
 
-IN_KVM, IN_GUEST = np.uint64(Running.KVM), np.uint64(Running.GUEST)
 TLB_FLUSH, FREE_OBSOLETE_ROOTS, LOAD_ROOT, FLUSH_CURRENT, MMU_SYNC, FLUSH_GUEST = (np.uint64(one) for one in Request)
 PAE_ROOTS = 4
 PAE_ROOT = np.uint64(VcpuWord.PAE_ROOT)
@@ -51,12 +51,6 @@ def stop(vm, reason, address, code):
     """End the replay."""
     vm.word[VmWord.STOP] = np.uint64(reason)
     vm.word[VmWord.STOP_ADDRESS], vm.word[VmWord.STOP_CODE] = address, code
-
-
-@inner
-def ask_one(vm, vcpu, which):
-    """Ask one vCPU for something."""
-    fetch_or(vm.word, request_word(vcpu), which)
 
 
 @inner
@@ -385,19 +379,6 @@ def set_leaf_bits(word, vcpu, kind):
 
 
 @inner
-def is_asked(vm, vcpu):
-    """Whether there are requests to the vCPU."""
-    return load(vm.word, request_word(vcpu)) != ZERO
-
-
-@inner
-def take_request(vm, vcpu, which):
-    """Whether something was asked of the vCPU; it is not any more."""
-    number = request_word(vcpu)
-    return load(vm.word, number) & which != ZERO and fetch_and(vm.word, number, ~which) & which != ZERO
-
-
-@inner
 def enter(vm, vcpu):
     """Serve what was asked of the vCPU, and enter the guest. False when that is the end."""
     if vm.word[VmWord.THREADS] == ZERO and not is_asked(vm, vcpu):
@@ -409,7 +390,8 @@ def enter(vm, vcpu):
 def serve_and_enter(vm, vcpu):
     """The same where something is asked, or other threads may ask.
 
-    First it says that it runs the guest, then it looks for requests: who asks first and looks then cannot miss it (facts 10).
+    Serving a request may ask for another. First it says that it runs the guest, then it looks: who asks first and looks then
+    cannot miss it (facts 10).
     """
     while True:
         if vm.word[VmWord.THREADS] != ZERO:
@@ -423,25 +405,24 @@ def serve_and_enter(vm, vcpu):
 
 @inner
 def serve(vm, vcpu):
-    """What was asked of the vCPU, also what serving it asks for."""
-    while is_asked(vm, vcpu):
-        if take_request(vm, vcpu, FREE_OBSOLETE_ROOTS):
-            free_obsolete_roots(vm, vcpu)
-        if take_request(vm, vcpu, MMU_SYNC):
-            sync_roots(vm, vcpu)
-        if take_request(vm, vcpu, TLB_FLUSH):
-            take_request(vm, vcpu, FLUSH_CURRENT)  # all includes the current
-            count_flush(vcpu)
-        if take_request(vm, vcpu, FLUSH_CURRENT):
-            count_flush(vcpu)
-        if take_request(vm, vcpu, FLUSH_GUEST):
-            sync_roots(vm, vcpu)
-            free_unsync_roots(vm, vcpu)
-            count_flush(vcpu)
-        take_request(vm, vcpu, LOAD_ROOT)
-        if vcpu.own[VcpuWord.ROOT] == NO_TABLE and not load_root(vm, vcpu):
-            ask_one(vm, vcpu, LOAD_ROOT)  # whoever tries again comes here again
-            return False
+    """What was asked of the vCPU by now."""
+    if take_request(vm, vcpu, FREE_OBSOLETE_ROOTS):
+        free_obsolete_roots(vm, vcpu)
+    if take_request(vm, vcpu, MMU_SYNC):
+        sync_roots(vm, vcpu)
+    if take_request(vm, vcpu, TLB_FLUSH):
+        take_request(vm, vcpu, FLUSH_CURRENT)  # all includes the current
+        count_flush(vcpu)
+    if take_request(vm, vcpu, FLUSH_CURRENT):
+        count_flush(vcpu)
+    if take_request(vm, vcpu, FLUSH_GUEST):
+        sync_roots(vm, vcpu)
+        free_unsync_roots(vm, vcpu)
+        count_flush(vcpu)
+    take_request(vm, vcpu, LOAD_ROOT)
+    if vcpu.own[VcpuWord.ROOT] == NO_TABLE and not load_root(vm, vcpu):
+        ask_one(vm, vcpu, LOAD_ROOT)  # whoever tries again comes here again
+        return False
     return True
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import inner
-from fastmmu.bits import ACC, CR0, CR4, GPTE64, ONE, PAGE_SHIFT, PFERR, ROLE, ZERO
+from fastmmu.bits import ACC, CR0, CR4, GPTE64, ONE, PAGE_SHIFT, PFERR, ZERO
 from fastmmu.hardware import PAE_LEVEL, root_for
 from fastmmu.leaf import prefetch_neighbours, set_leaf
 from fastmmu.machine_state import Counter, Mapping, Outcome, VcpuWord, VmWord
 from fastmmu.memslot import logs_dirty, mark_dirty, max_mapping_level, note_write, slot_by_gfn
-from fastmmu.pool import NO, NO_TABLE, NONE, YES, count, flush_remote
-from fastmmu.rmap import ACCESS_SHIFT, drop_parent
+from fastmmu.pool import NO, NO_TABLE, NONE, YES, count
 from fastmmu.shadow import child_role, get_shadow_page, leads_to, link, role_of
 from fastmmu.spte import entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.state import NO_SLOT, Reg
@@ -136,7 +135,11 @@ def settled(outcome):
 
 @inner
 def map_leaf(vm, vcpu, mapping, pferr):
-    """From the mapping's table down to the goal level, by direct pages, and the leaf there: an `Outcome`."""
+    """From the mapping's table down to the goal level, by direct pages, and the leaf there: an `Outcome`.
+
+    A direct page under a guest's huge page grants what the guest granted when it was made: where that has changed, as when D was
+    set, it does not lead there any more, and another one takes its place (`validate_direct_spte`, facts 5.8.4).
+    """
     _, number, page, table, level, gfn, access, limit = mapping
     fetch, write = pferr & PFERR.F != ZERO, pferr & PFERR.W != ZERO
     goal, requested, disallowed = goal_levels(vm, number, gfn, fetch, limit)
@@ -147,7 +150,6 @@ def map_leaf(vm, vcpu, mapping, pferr):
             goal -= ONE
         if level == goal:
             break
-        drop_other_rights(vm, vcpu, index, level, access)
         role, first = child_role(role_of(vm, index), index, access, True), frame_at(gfn, level)
         if leads_to(vm, index, level, first, role):
             table = pfn_of(vm.spt[index])
@@ -163,18 +165,6 @@ def map_leaf(vm, vcpu, mapping, pferr):
     if outcome != Outcome.SPURIOUS and level == ONE and vm.word[VmWord.AD] != ZERO:
         prefetch_neighbours(vm, vcpu, index)
     return outcome
-
-
-@inner(inline=True)
-def drop_other_rights(vm, vcpu, index, level, access):
-    """A direct page under a guest's huge page grants what the guest granted when it was made: another one is needed when that has
-    changed, as when D was set (`validate_direct_spte`, facts 5.8.4)."""
-    spte = vm.spt[index]
-    if is_table(spte, level):
-        child = pfn_of(spte)
-        if (np.uint64(vm.page[child]["role"]) & ROLE.ACCESS) >> ACCESS_SHIFT != access:
-            drop_parent(vm, child, index)
-            flush_remote(vm.word, vcpu.stat)
 
 
 @inner(inline=True)

@@ -86,6 +86,12 @@ def is_accessed(word, spte):
 
 
 @inner
+def is_dirty(word, spte):
+    """Whether a page was written through a leaf: D, or W where sptes have no D (facts 3.2.5)."""
+    return spte & (word[VmWord.DIRTY] if word[VmWord.AD] != ZERO else NPT_SPTE.W) != ZERO
+
+
+@inner
 def mark_old(word, spte):
     """A leaf as it is after the host has asked: without A; or without R, W and X, of which R and X are kept elsewhere."""
     if word[VmWord.AD] != ZERO:

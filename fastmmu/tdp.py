@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastmmu import guards
 from fastmmu._jit import cmpxchg, exchange, fetch_and, inner, load, pause, store
 from fastmmu.bits import FROZEN, ONE, ZERO
 from fastmmu.machine_state import TABLE_WORDS, Counter, VmWord
@@ -229,7 +230,9 @@ def split_huge_page(vm, stat, index, level):
     for i in range(TABLE_SIZE):
         vm.spt[table * TABLE_SIZE + i] = make_split_child(vm.word, huge, below, i)
     vm.page[table]["parents"] = index
-    if cmpxchg(vm.spt, index, huge, make_table(vm.word, table)) != huge:
+    if not guards.SPLIT_EXCHANGE:
+        store(vm.spt, index, make_table(vm.word, table))
+    elif cmpxchg(vm.spt, index, huge, make_table(vm.word, table)) != huge:
         release(vm, table)
         return True
     count_leaf(stat, level, -1)
@@ -277,7 +280,7 @@ def link_table(vm, stat, index, level, gfn, nx_split, old):
 def zap_huge(vm, stat, index, level, old):
     """A huge leaf gives way to a table: it is frozen, and flushed before anything else takes its place (facts 10.4). False if it
     had changed."""
-    if not try_set_spte(vm, stat, index, level, old, FROZEN):
+    if not try_set_spte(vm, stat, index, level, old, FROZEN if guards.FROZEN_ZAP else ZERO):
         return False
     flush_remote(vm.word, stat)
     store(vm.spt, index, ZERO)

@@ -20,8 +20,9 @@ from fastmmu.bits import GPTE64, ONE, PAGE_SHIFT, PAGE_SIZE, PFERR, WORD_SHIFT, 
 from fastmmu.checks import checked_int
 from fastmmu.drive import vcpu_of
 from fastmmu.events import EventList, Op
+from fastmmu.exits import IN_KVM, request_word
 from fastmmu.guest import access_bytes
-from fastmmu.hardware import IN_KVM, not_plain, request_word
+from fastmmu.hardware import not_plain
 from fastmmu.lock import lock_for_writing, unlock_for_writing
 from fastmmu.machine import ERRORS, Machine, MachineError, NotBuilt
 from fastmmu.machine_state import LOG, Counter, SlotFlag, Status, Stop, VmWord
@@ -31,7 +32,7 @@ from fastmmu.pool import reclaim
 from fastmmu.roots import enter
 from fastmmu.tlb import lookup
 
-CHUNK = 1 << 14  # writes between two looks at whether another thread has failed
+CHUNK = 16_384  # writes between two looks at whether another thread has failed
 
 
 @kernel

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import cmpxchg, kernel, load
+from fastmmu import guards
+from fastmmu._jit import cmpxchg, kernel, load, store
 from fastmmu.bits import ACC, GPTE32, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
 from fastmmu.memory import find_slot
 from fastmmu.paging import LONG4, LONG5, PAE, TWO_LEVEL, Mode, PlainColumn
@@ -70,6 +71,9 @@ def read_entry(mem, mode, table, index):
 def exchange_entry(mem, mode, table, index, gpte, wanted):
     """Replace the entry if it is still `gpte`; returns whether it was. 4-byte entries share a word with a neighbour: each is
     exchanged on its own."""
+    if not guards.GPTE_EXCHANGE and not mode.half:
+        store(mem.words, (table >> WORD_SHIFT) + index, wanted)
+        return True
     if mode.half:
         old = np.uint32(gpte)
         return cmpxchg(mem.halves, (table >> HALF_SHIFT) + index, old, np.uint32(wanted)) == old

@@ -149,7 +149,11 @@ class ShadowJudge(Judge):
         emulated: bool = False,
     ) -> Iterator[Possible]:
         """What follows from these translations of the pages: for reading, and for writing or what else is done last."""
-        device = self.is_device
+
+        def device(gpa: int, write: bool) -> bool:  # an exchange within a page stores by what the tables say now
+            locked = write and op == Op.EXCHANGE and len(pages) == 1
+            return self.follower.is_device(gpa, write) if locked else self.is_device(gpa, write)
+
         emulated = emulated or any(walk.ok and device(walk.gpa, writes) for walk in walks)
         reads = op in (Op.LOAD, Op.EXCHANGE) or (op in (Op.ACCESS, Op.DEVICE) and emulated and not writes)
         log, supply, seen, mask = [], list(self.supply), 0, 0
