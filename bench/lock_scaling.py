@@ -1,0 +1,209 @@
+"""The lock-scaling experiment: 1 to 128 vCPUs that fault under the mmu lock, simulated event by event, beside published times.
+
+A machine with two cores cannot show how a lock holds up under 64 vCPUs. What one fault costs is measured here; two parameters are
+fitted, for each published series on its rows of 2 and 8 vCPUs: what a fault costs outside the lock, and what it costs to hand the
+lock over for each vCPU that waits. Every other row is a prediction. A lock taken for reading is held by many at once: of it only
+the hand-over of its word is one after another.
+"""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import random
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyperf
+
+from bench.experiment import Cell, Checked, Context, Experiment, Timed
+from bench.results import counters_of
+from bench.tables import Table, by_workload
+from fastmmu.bits import CR0, PFERR
+from fastmmu.events import EventList, Op
+from fastmmu.kvm import Kvm
+from fastmmu.machine import Machine
+from fastmmu.machine_state import SlotFlag
+from fastmmu.measure import fault_column
+from fastmmu.paging import Cpu
+
+NAME = "lock-scaling"
+EACH, ANY = "each-waiter", "any-waiter"  # a hand-over costs so much for each vCPU that waits, or so much if any does
+PUBLISHED = Path(__file__).with_name("published.csv")
+FITTED = (2, 8)
+ALSO = (1, 128)  # vCPUs that nobody has published
+FAULTS = 400  # of each simulated vCPU; the time goes by how many there are
+PAGES = 1 << 18  # of each vCPU: 1 GiB, every page faults once, whatever share of the accesses are writes: logging drops huge pages
+NANOSECONDS = 1e9
+STEPS = 26  # of a bisection
+MEASURED, SIZE, SEED = 5, 256 << 20, 2022
+FAULT = PFERR.GUEST_FINAL | PFERR.U | PFERR.W | PFERR.P
+
+
+class Row(NamedTuple):
+    """One published time: seconds in which that many vCPUs wrote their memory again."""
+
+    source: str
+    mmu: str
+    lock: str
+    writes: int
+    vcpus: int
+    seconds: float
+
+    @property
+    def series(self) -> str:
+        """The rows that are fitted together."""
+        return f"{self.source}, {self.writes} % writes"
+
+
+@lru_cache(maxsize=1)
+def published() -> tuple[Row, ...]:
+    """The rows of published.csv."""
+    with PUBLISHED.open(newline="") as file:
+        return tuple(
+            Row(one["source"], one["mmu"], one["lock"], int(one["writes"]), int(one["vcpus"]), float(one["seconds"]))
+            for one in csv.DictReader(file)
+        )
+
+
+def series() -> dict[str, list[Row]]:
+    """The rows by series; one without both fitted rows is left out: there is nothing to fit it on."""
+    found: dict[str, list[Row]] = {}
+    for row in published():
+        found.setdefault(row.series, []).append(row)
+    return {name: rows for name, rows in found.items() if set(FITTED) <= {row.vcpus for row in rows}}
+
+
+class Costs(NamedTuple):
+    """Nanoseconds: under the lock, one after another; of the rest of a fault; of a hand-over, for each vCPU that waits."""
+
+    held: float
+    outside: float
+    handover: float
+    each: bool = True  # a hand-over costs as often as vCPUs wait
+    shared: bool = False  # a lock for reading: its word goes from one to the next all the same
+
+
+def simulate(vcpus: int, costs: Costs, faults: int = FAULTS) -> float:
+    """Nanoseconds until each of `vcpus` has had `faults` faults; who asks first has the lock first. The time outside the lock is
+    exponential, about its mean: equal times would fall into step, and never meet."""
+    rng = random.Random(SEED)
+    ready = [(rng.expovariate(1) * costs.outside, number) for number in range(vcpus)]
+    heapq.heapify(ready)
+    left = [faults] * vcpus
+    free = finish = 0.0
+    while ready:
+        asked, number = heapq.heappop(ready)
+        waiting = sum(1 for other, _ in ready if other <= free)
+        times = (waiting if costs.each else min(waiting, 1)) + costs.shared
+        finish = max(asked, free) + costs.handover * times + costs.held
+        free = finish
+        left[number] -= 1
+        if left[number]:
+            heapq.heappush(ready, (finish + rng.expovariate(1) * costs.outside, number))
+    return finish
+
+
+def bisect(low: float, high: float, too_little: Callable[[float], bool]) -> float:
+    """Where `too_little` turns false."""
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if too_little(middle) else (low, middle)
+    return (low + high) / 2
+
+
+def fit(known: Costs, few: float, many: float) -> Costs:
+    """The costs with which 2 and 8 vCPUs take `few` and `many` nanoseconds a fault of each; what of a fault is `known` was
+    measured, and the fitted cost outside the lock comes on top."""
+
+    def with_handover(handover: float) -> Costs:
+        def costs(rest: float) -> Costs:
+            return known._replace(outside=known.outside + rest, handover=handover)
+
+        return costs(bisect(0.0, few, lambda rest: simulate(FITTED[0], costs(rest)) / FAULTS < few))
+
+    best = bisect(0.0, many, lambda handover: simulate(FITTED[1], with_handover(handover)) / FAULTS < many)
+    return with_handover(best)
+
+
+def measured(mmu: str) -> float:
+    """Nanoseconds of a write fault below a huge page of a memslot that logs, KVM's part, on this machine; the best of a few."""
+    machine = Machine(Kvm(tdp_mmu=mmu == "tdp", eager_page_split=False), Cpu(cr0=int(CR0.PE), cr3=0, cr4=0, efer=0), memory=SIZE)
+    machine.run(EventList().add(Op.SLOT_CREATE, value=machine.prepare_slot(0, 0, SIZE, host_level=2)).add(Op.EXIT).array())
+    gpas = np.arange(0, SIZE, 4096, dtype=np.uint64)
+    best = float("inf")
+    for _ in range(MEASURED):
+        machine.run(EventList().add(Op.SLOT_FLAGS, address=0, value=0).add(Op.EXIT).array())
+        fault_column(machine.vm, machine.state, np.uint64(0), gpas[::512], FAULT & ~PFERR.P)
+        machine.run(EventList().add(Op.SLOT_FLAGS, address=0, value=int(SlotFlag.LOG_DIRTY_PAGES)).add(Op.EXIT).array())
+        begin = time.perf_counter()
+        fault_column(machine.vm, machine.state, np.uint64(0), gpas, FAULT)
+        best = min(best, (time.perf_counter() - begin) / len(gpas) * NANOSECONDS)
+    return best
+
+
+def cells(context: Context) -> list[Cell]:
+    """Both readings of what a hand-over costs, for each series."""
+    return [Cell(NAME, name, strategy) for name in series() for strategy in (EACH, ANY)]
+
+
+def check(context: Context, cell: Cell) -> Checked:
+    """Measure, fit and predict; microseconds, and tenths of a nanosecond for the costs."""
+    rows = series()[cell.workload]
+    fault = context.once(("fault", rows[0].mmu), lambda: measured(rows[0].mmu))
+    shared = rows[0].lock == "read"
+    few, many = (next(row.seconds for row in rows if row.vcpus == count) / PAGES * NANOSECONDS for count in FITTED)
+    known = Costs(0.0 if shared else fault, fault if shared else 0.0, 0.0, cell.strategy == EACH, shared)
+    costs = fit(known, few, many)
+    told = {"measured_fault": fault, "outside": costs.outside, "handover": costs.handover}
+    counters = {name: round(value * 10) for name, value in told.items()}
+    times = {row.vcpus: row.seconds for row in rows}
+    for vcpus in sorted({*times, *ALSO}):
+        counters[f"simulated_{vcpus}"] = round(simulate(vcpus, costs) / FAULTS * PAGES / 1e3)
+        if vcpus in times:
+            counters[f"published_{vcpus}"] = round(times[vcpus] * 1e6)
+    return Checked(counters, 0, counts={"measured_fault": counters["measured_fault"]})
+
+
+def timed(context: Context, cell: Cell) -> Timed:
+    """Nothing is timed."""
+    raise RuntimeError(f"{cell.name}: {why_not(context, cell)}")
+
+
+def why_not(context: Context, cell: Cell) -> str:
+    """It is simulated."""
+    return "simulated, not timed"
+
+
+def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
+    """Published and simulated seconds, row by row."""
+    rows, costs = [], []
+    for workload, strategies in by_workload(suite).items():
+        readings = {strategy: counters_of(next(iter(metrics.values()))) for strategy, metrics in strategies.items()}
+        for strategy, counters in readings.items():
+            told = (f"{counters[name] / 10:.0f}" for name in ("measured_fault", "outside", "handover"))
+            costs.append((f"{workload} / {strategy}", *told))
+        first = next(iter(readings.values()))
+        for vcpus in sorted(int(name.removeprefix("simulated_")) for name in first if name.startswith("simulated_")):
+            ours = [readings[strategy][f"simulated_{vcpus}"] if strategy in readings else None for strategy in (EACH, ANY)]
+            theirs = first.get(f"published_{vcpus}")
+            ratios = ["-" if theirs is None or one is None else f"{one / theirs:.2f}" for one in ours]
+            seconds = ["-" if one is None else f"{one / 1e6:.3f}" for one in (*ours, theirs)]
+            rows.append((f"{workload} / {vcpus}", *ratios, *seconds, "fitted" if vcpus in FITTED else "predicted"))
+    if not rows:
+        return []
+    note = (
+        "Seconds in which N vCPUs write 1 GiB each again after dirty logging began, huge pages not split before. A fault is "
+        "measured here; its cost outside the lock and that of a hand-over are fitted on 2 and 8 vCPUs, the latter read in two "
+        "ways: for each vCPU that waits, or once if any does. A ratio is simulated over published."
+    )
+    head = ("series / vCPUs", "ratio, each waiter", "ratio, any waiter", "s, each waiter", "s, any waiter", "s, published", "row")
+    told = ("series", "ns of a fault, measured", "ns outside, fitted", "ns of a hand-over, fitted")
+    return [Table("vCPUs under the mmu lock", head, rows, note), Table("what the simulation goes by", told, costs)]
+
+
+EXPERIMENT = Experiment(NAME, cells, check, timed, why_not, tables, by_default=False)
