@@ -109,6 +109,14 @@ def use_spte(vm, vcpu, index, spte, gfn, write):
 @inner(inline=True)
 def descend(spt, table, page, level):
     """(index, spte, level) of the lowest entry for a page under a table of `level`."""
+    if level == FOUR_LEVELS:  # a constant unrolls the loop: 12.4 against 13.0 ns per record that mostly walk
+        return descend_from(spt, table, page, FOUR_LEVELS)
+    return descend_from(spt, table, page, level)
+
+
+@inner(inline=True)
+def descend_from(spt, table, page, level):
+    """The same, step by step."""
     index = entry_of(table, page, level)
     spte = load(spt, index)
     while level > ONE and spte & POINTER_MASK == NPT_SPTE.MMU_PRESENT:
@@ -205,10 +213,7 @@ def walk_shadow_plainly(vm, vcpu, gva, access):
     """The plain case of it: nothing denied; or nothing mapped, which exits."""
     word, page = vm.word, gva >> PAGE_SHIFT
     table, level = root_for(vm, vcpu, page)  # NO_TABLE has a row, too, in which nothing is
-    if level == FOUR_LEVELS:  # a constant unrolls the loop: 12.4 against 13.0 ns per record that mostly walk
-        index, spte, level = descend(vm.spt, table, page, FOUR_LEVELS)
-    else:
-        index, spte, level = descend(vm.spt, table, page, level)
+    index, spte, level = descend(vm.spt, table, page, level)
     kind = fault_kind(vcpu.mmu, access)
     needed, mask = vcpu.own[np.uint64(VcpuWord.LEAF_BITS) + kind], vcpu.own[np.uint64(VcpuWord.LEAF_MASK) + kind]
     if spte & mask != needed:
@@ -325,7 +330,7 @@ def walk_guest(vm, vcpu, gva, access):
 @inner(inline=True)
 def is_usable(spt, table, level, gfn, needed, forbidden):
     """(whether a leaf maps `gfn` that holds all bits of `needed` and none of `forbidden`, the leaf)."""
-    _, spte, _ = descend(spt, table, gfn, level)
+    _, spte, _ = descend_from(spt, table, gfn, level)
     return spte & (needed | forbidden) == needed, spte
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import faults, mmio_mmu, mmu_cost, shadow_caches, shadow_faults, shadow_memory
+from bench import fast_faults, faults, mmio_mmu, mmu_cost, shadow_caches, shadow_faults, shadow_memory
 from bench.experiment import Cell, Context
 from bench.workloads import BUNDLED_TRACE
 from fastmmu._jit import JIT
@@ -18,8 +18,12 @@ pytestmark = pytest.mark.skipif(not JIT, reason="whole guests: compiled code onl
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(faults, "SIZES", {"4k": (1 << 24, 1, 1 << 12), "2m": (1 << 26, 2, 1 << 21)})
     monkeypatch.setattr(shadow_faults, "SIZE", 1 << 24)
+    monkeypatch.setattr(fast_faults, "SIZE", 1 << 24)
+    monkeypatch.setattr(fast_faults, "RESUME_SIZE", 1 << 24)
     monkeypatch.setattr(shadow_memory, "SIZES", {"16-mib": 1 << 24})
+    fast_faults.guest.cache_clear()
     yield
+    fast_faults.guest.cache_clear()
 
 
 def test_names_of_cells() -> None:
@@ -41,6 +45,20 @@ def test_each_fault_is_one(small: None, mmu: str, size: str, case: str) -> None:
         assert checked.counters["pages_4k"] == checked.counters["pf_taken"]  # one page a fault, neighbours or not
     if case == "write-protect":
         assert checked.counters["pf_fast"] == (checked.expected if size == "4k" else 0)
+
+
+def test_each_write_protection_fault_is_fixed_where_it_should_be(small: None) -> None:
+    """The experiment's cells: exchanges of the same words, with the lock and without, one thread and more, and a stream that logs."""
+    context = Context(BUNDLED_TRACE, 120_000)
+    for cell in fast_faults.cells(context):
+        checked = fast_faults.check(context, cell)
+        timed = fast_faults.timed(context, cell)
+        timed.run(1)
+        assert timed.digest() == checked.expected
+        assert (checked.counters["pf_fast"] > 0) == cell.strategy.startswith(fast_faults.FAST)
+        if not fast_faults.is_trace(cell) and cell.strategy.startswith(fast_faults.LOCKED):
+            assert checked.counters["lock_taken"] - checked.counters["accesses"] in (0, 1)  # and once where threads have ended
+            assert checked.counters["lock_held"] > 0
 
 
 def test_warm_streams_cause_no_exit() -> None:
