@@ -180,7 +180,6 @@ if JIT:
 
     fetch_or = _read_modify_write("or")
     fetch_and = _read_modify_write("and")
-    fetch_add = _read_modify_write("add")
     fetch_sub = _read_modify_write("sub")
     exchange = _read_modify_write("xchg")
 
@@ -270,7 +269,7 @@ else:
         return modify
 
     fetch_or, fetch_and = _read_modify_write(operator.or_), _read_modify_write(operator.and_)
-    fetch_add, fetch_sub = _read_modify_write(operator.add), _read_modify_write(operator.sub)
+    fetch_sub = _read_modify_write(operator.sub)
     exchange = _read_modify_write(lambda seen, value: value)
     waiting: list[Callable[[], None]] = []  # what the race explorer does where a thread waits for another one
 

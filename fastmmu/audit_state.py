@@ -9,6 +9,7 @@ import numpy as np
 from fastmmu.bits import ACC, EPT_SPTE, NPT_SPTE, ROLE
 from fastmmu.machine import Machine
 from fastmmu.machine_state import TABLE_WORDS, VmWord
+from fastmmu.spte import SAVED_SHIFT
 
 
 class AuditError(AssertionError):
@@ -80,7 +81,7 @@ def with_access(sptes: np.ndarray, word: np.ndarray) -> np.ndarray:
     rights, saved = EPT_SPTE.R | EPT_SPTE.W | EPT_SPTE.X, sptes & EPT_SPTE.SAVED
     tracked = (sptes & NPT_SPTE.MMU_PRESENT != 0) & (saved != 0)
     must(sptes[tracked] & rights == 0, "access-tracked, but present for the processor, spte", sptes[tracked])
-    return np.where(tracked, (sptes & ~EPT_SPTE.SAVED) | saved >> np.uint64(54), sptes)
+    return np.where(tracked, (sptes & ~EPT_SPTE.SAVED) | saved >> SAVED_SHIFT, sptes)
 
 
 def spte_list(machine: Machine, head: int) -> list[int]:

@@ -13,7 +13,7 @@ from fastmmu.bits import ONE, ZERO, bit
 from fastmmu.machine_state import Counter, VmWord
 
 WRITER = bit(63)
-MOST_PAUSES = 64  # about 1 us
+MOST_PAUSES = 64
 LOCK, POOL = np.uint64(VmWord.MMU_LOCK), np.uint64(VmWord.POOL_LOCK)
 
 

@@ -9,6 +9,7 @@ from test_shadow_rules import Shadowed
 from fastmmu.bits import EPT_SPTE, NPT_SPTE
 from fastmmu.events import Op
 from fastmmu.kvm import Kvm
+from fastmmu.machine_state import VmWord
 
 DIRECT = {
     "tdp": MMUS["tdp"],
@@ -73,7 +74,7 @@ def test_a_huge_page_of_a_slot_that_logs(guest: Guest) -> None:
     """6.2: only the first of its pages would be logged."""
     huge = Guest(guest.machine.kvm, host_level=2)
     huge.touch(0x5000, W)
-    huge.count((Op.PARAMETER, {"address": 5, "value": 0}))  # no eager splitting
+    huge.count((Op.PARAMETER, {"address": VmWord.EAGER_PAGE_SPLIT, "value": 0}))  # no eager splitting
     huge.log(True)
     changed = huge.touch(0x7000, W)
     assert "pf_fast" not in changed

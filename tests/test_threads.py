@@ -84,7 +84,7 @@ def test_each_page_is_fixed_as_often_as_it_was_protected(name: str, seed: int) -
 
 
 @pytest.mark.parametrize("name", MMUS)
-def test_pages_that_nothing_maps_yet(name: str, seed: int) -> None:
+def test_pages_that_nothing_maps_yet(name: str) -> None:
     """Both vCPUs map the same pages first: tables and leaves come into being once."""
     pages = sized(16 * 1024, 64)
     machine = machine_with(MMUS[name], pages=pages, touched=False)
@@ -102,7 +102,7 @@ def test_huge_pages_that_are_split_while_they_are_written(name: str, seed: int) 
     events = EventList().add(Op.SLOT_CREATE, value=machine.prepare_slot(0, 0, pages * PAGE_SIZE, host_level=2))
     for page in range(0, pages, 512):
         events.access(page * PAGE_SIZE, 2)
-    events.add(Op.PARAMETER, address=5, value=0)  # no eager splitting
+    events.add(Op.PARAMETER, address=VmWord.EAGER_PAGE_SPLIT, value=0)  # no eager splitting
     machine.run(events.add(Op.SLOT_FLAGS, address=0, value=LOG).array())
     assert machine.counters()["pages_2m"] == pages // 512
     run = run_threads(machine, random_writes(seed, 2, sized(50_000, 300), pages), slot=0)
