@@ -11,6 +11,7 @@ from fastmmu import guards
 from fastmmu._jit import cmpxchg, exchange, inner, load, store
 from fastmmu.bits import ACC, FROZEN, GENERATION_UPDATING, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, ZERO
 from fastmmu.exits import IN_KVM, request_word
+from fastmmu.hardware import descend as walk_lockless
 from fastmmu.hardware import is_executable, root_for
 from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading, unlock_for_writing
 from fastmmu.machine_state import Counter, Outcome, Running, VcpuWord, VmWord
@@ -36,7 +37,6 @@ from fastmmu.spte import (
     entry_of,
     frame_at,
     is_access_tracked,
-    is_leaf,
     is_mmio,
     is_present,
     is_table,
@@ -111,7 +111,7 @@ def allows(word, spte, access):
     return spte & word[VmWord.HARDWARE_PRESENT] != ZERO
 
 
-@inner
+@inner(inline=True)
 def fast_fault(vm, vcpu, number, page, gfn, pferr):
     """The path without mmu lock: FIXED, SPURIOUS, or INVALID when it is not for this path (facts section 6). By `page` the entry is
     found: in a direct map it is the gfn.
@@ -125,44 +125,61 @@ def fast_fault(vm, vcpu, number, page, gfn, pferr):
             return Outcome.INVALID
     elif vm.word[VmWord.AD] != ZERO:
         return Outcome.INVALID
-    where = request_word(vcpu) + ONE
     if vm.word[VmWord.THREADS] != ZERO:
-        exchange(vm.word, where, READING)  # who frees a table waits until this one has left (facts 6.2)
+        exchange(vm.word, request_word(vcpu) + ONE, READING)  # who frees a table waits until this one has left (facts 6.2)
     outcome = fix_fast(vm, vcpu, number, page, gfn, pferr)
-    store(vm.word, where, IN_KVM)
+    if vm.word[VmWord.THREADS] != ZERO:
+        store(vm.word, request_word(vcpu) + ONE, IN_KVM)
     if outcome != Outcome.INVALID:
         count(vcpu.stat, Counter.PF_FAST)
     return outcome
 
 
 @inner(inline=True)
-def fix_fast(vm, vcpu, number, page, gfn, pferr):
-    """Make the leaf for `gfn` allow the access by a compare-exchange, at most FAST_RETRIES + 1 of them (facts 6.2)."""
+def exchange_leaf(vm, vcpu, number, page, gfn, pferr):
+    """One try to make the leaf for `gfn` allow the access, by a compare-exchange; RETRY where another thread was first."""
     word = vm.word
-    table, root_level = root_for(vm, vcpu, page)
-    for _ in range(FAST_RETRIES + 1):
-        index, level = lowest(vm.spt, table, root_level, page)
-        spte = load(vm.spt, index)
-        if not is_leaf(spte, level):
-            return Outcome.INVALID
-        if allows(word, spte, pferr):
-            return Outcome.SPURIOUS
-        wanted = restore_access(spte) if is_access_tracked(word, spte) else spte
-        if pferr & PFERR.W != ZERO and spte & word[VmWord.MMU_WRITABLE] != ZERO:
-            wanted |= NPT_SPTE.W
-            if level > ONE and number != NO_SLOT and logs_dirty(vm.mem.slots[number]):
-                return Outcome.INVALID  # only the first of its pages would be logged
-        if wanted == spte or not allows(word, wanted, pferr):
-            return Outcome.INVALID
-        if not guards.FAST_EXCHANGE:
-            store(vm.spt, index, wanted)
-        if not guards.FAST_EXCHANGE or cmpxchg(vm.spt, index, spte, wanted) == spte:
-            count(vcpu.stat, Counter.FAST_FIXED)
-            if number != NO_SLOT and is_writable(wanted) and not is_writable(spte):
-                mark_dirty(vm, vm.mem.slots[number], gfn)
-            return Outcome.FIXED
+    table, level = root_for(vm, vcpu, page)
+    index, spte, level = walk_lockless(vm.spt, table, page, level)
+    if not is_present(spte):
+        return Outcome.INVALID
+    if allows(word, spte, pferr):
+        return Outcome.SPURIOUS
+    wanted = spte
+    if word[VmWord.AD] == ZERO and is_access_tracked(word, spte):
+        wanted = restore_access(spte)
+    if pferr & PFERR.W != ZERO and spte & word[VmWord.MMU_WRITABLE] != ZERO:
+        wanted |= NPT_SPTE.W
+        if level > ONE and number != NO_SLOT and logs_dirty(vm.mem.slots[np.uint64(number)]):
+            return Outcome.INVALID  # only the first of its pages would be logged
+    if wanted == spte or not allows(word, wanted, pferr):
+        return Outcome.INVALID
+    if not guards.FAST_EXCHANGE:
+        store(vm.spt, index, wanted)
+    elif cmpxchg(vm.spt, index, spte, wanted) != spte:
         count(vcpu.stat, Counter.EXCHANGE_FAILED)
+        return Outcome.RETRY
+    count(vcpu.stat, Counter.FAST_FIXED)
+    if number != NO_SLOT and is_writable(wanted) and not is_writable(spte):
+        mark_dirty(vm, vm.mem.slots[np.uint64(number)], gfn)
+    return Outcome.FIXED
+
+
+@inner
+def exchange_again(vm, vcpu, number, page, gfn, pferr):
+    """The tries after the first; a function of its own keeps their loop off the path of the first."""
+    for _ in range(FAST_RETRIES):
+        outcome = exchange_leaf(vm, vcpu, number, page, gfn, pferr)
+        if outcome != Outcome.RETRY:
+            return outcome
     return Outcome.INVALID
+
+
+@inner(inline=True)
+def fix_fast(vm, vcpu, number, page, gfn, pferr):
+    """At most FAST_RETRIES + 1 tries of `exchange_leaf` (facts 6.2)."""
+    outcome = exchange_leaf(vm, vcpu, number, page, gfn, pferr)
+    return outcome if outcome != Outcome.RETRY else exchange_again(vm, vcpu, number, page, gfn, pferr)
 
 
 @inner
@@ -246,7 +263,7 @@ def without_memory(vm, vcpu, number, gva, gfn, access, pferr):
 def is_tracked_write(vm, number, gfn, pferr):
     """Whether the fault is a write to an upper table of the guest that is shadowed; before the fault is looked at any closer."""
     write = PFERR.P | PFERR.W
-    if number == NO_SLOT or pferr & (write | PFERR.RSVD) != write:
+    if vm.word[VmWord.INDIRECT_PAGES] == ZERO or number == NO_SLOT or pferr & (write | PFERR.RSVD) != write:
         return False
     return is_write_tracked(vm, vm.mem.slots[number], gfn)
 

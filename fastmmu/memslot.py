@@ -27,9 +27,9 @@ def slot_by_gfn(vm, vcpu, gfn):
     gpa = gfn << PAGE_SHIFT
     if vm.word[VmWord.LAST_SLOT] == ZERO:
         return find_slot(slots, gpa)
-    last = np.int64(vcpu.own[VcpuWord.LAST_SLOT])
+    last = vcpu.own[VcpuWord.LAST_SLOT]
     if slots[last]["start"] <= gpa and gpa < slots[last]["end"]:
-        return last
+        return np.int64(last)
     number = find_slot(slots, gpa)
     if number != NO_SLOT:
         vcpu.own[VcpuWord.LAST_SLOT] = np.uint64(number)

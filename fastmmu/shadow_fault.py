@@ -133,7 +133,7 @@ def settled(outcome):
     return Mapping(outcome, NO_SLOT, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO)
 
 
-@inner
+@inner(inline=True)
 def map_leaf(vm, vcpu, mapping, pferr):
     """From the mapping's table down to the goal level, by direct pages, and the leaf there: an `Outcome`.
 

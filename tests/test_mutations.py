@@ -26,6 +26,8 @@ STREAMS = ("tests/test_kvm_rules.py", "tests/test_streams.py")
 SHADOW = ("tests/test_shadow_rules.py", "tests/test_scenarios.py")
 TLB_KEYS = ("tests/test_streams.py::test_protection_keys_bind_accesses_that_the_tlb_serves",)
 FAST = ("tests/test_fast_fault.py",)
+RACES = ("tests/test_races.py",)
+LOCK = ("tests/test_lock.py",)
 FIRST_PAGE = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[recycled_first_page]",)
 MANY_UNSYNC = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[many_unsync]",)
 
@@ -96,8 +98,8 @@ MUTANTS = (
     Mutant("no access check", "mmio.py", "if denied(generation, mmu, entry[Mmio.ACCESS], access):", "if False:", MMIO),
     Mutant("stale for ever", "judge.py", "        legal[0] = granted_today(vm, entry)", "        legal[0] |= granted_today(vm, entry)", MMIO),
     Mutant("changes never legal", "judge.py", "        legal[0] |= granted_today(vm, entry)", "        pass", MMIO),
-    Mutant("the fast path does not log", "fault.py", "is_writable(wanted) and not is_writable(spte):\n                mark_dirty", "False:\n                mark_dirty", KVM),
-    Mutant("the fast path opens huge pages", "fault.py", "                return Outcome.INVALID  # only the first of its pages would be logged", "                pass", KVM),
+    Mutant("the fast path does not log", "fault.py", "is_writable(wanted) and not is_writable(spte):\n        mark_dirty", "False:\n        mark_dirty", KVM),
+    Mutant("the fast path opens huge pages", "fault.py", "            return Outcome.INVALID  # only the first of its pages would be logged", "            pass", KVM),
     Mutant("stale MMIO sptes answer", "fault.py", " or mmio_generation(spte) != generation & MMIO_SPTE.GENERATION:", ":", KVM),
     Mutant("read-only memslots mapped for writes", "fault.py", "elif pferr & PFERR.W != ZERO and is_readonly(vm.mem.slots[number]):", "elif False:", KVM),
     Mutant("prefetch while logging", "leaf.py", "if is_readonly(slot) or (access & ACC.W != ZERO and logs_dirty(slot)) or gfn", "if is_readonly(slot) or gfn", KVM),
@@ -235,13 +237,24 @@ MUTANTS = (
     Mutant("old epochs come back", "tlb.py", "                tlb[index, i] = ZERO\n        tlb", "                pass\n        tlb", ("tests/test_streams.py",)),
     Mutant("every fault takes the lock", "fault.py", "if vm.word[VmWord.FAST_PAGE_FAULT] != ZERO:", "if False:", FAST),
     Mutant("the fast path cannot be switched off", "fault.py", "if vm.word[VmWord.FAST_PAGE_FAULT] != ZERO:", "if True:", FAST),
-    Mutant("a huge page that logs is fixed fast", "fault.py", "                return Outcome.INVALID  # only the first", "                pass  # only the first", FAST),
+    Mutant("a huge page that logs is fixed fast", "fault.py", "            return Outcome.INVALID  # only the first", "            pass  # only the first", FAST),
     Mutant("the fast path dirties what it does not make writable", "fault.py", "is_writable(wanted) and not is_writable(spte):", "True:", FAST),
-    Mutant("access tracking is not undone", "fault.py", "restore_access(spte) if is_access_tracked(word, spte) else spte", "spte", FAST),
+    Mutant("access tracking is not undone", "fault.py", "wanted = restore_access(spte)", "wanted = spte", FAST),
     Mutant("an aged page keeps W", "spte.py", "(spte & ~(EPT_SPTE.R | EPT_SPTE.W | EPT_SPTE.X)) | ((spte", "(spte & ~(EPT_SPTE.R | EPT_SPTE.X)) | ((spte", FAST),
     Mutant("saved rights stay", "spte.py", "return (spte & ~EPT_SPTE.SAVED) |", "return spte |", FAST),
     Mutant("aging does not flush", "host.py", "    if young:\n        flush_remote", "    if False:\n        flush_remote", FAST),
     Mutant("what is old is aged again", "spte.py", "        if not is_accessed(word, old):\n            return False\n", "", ("tests/test_fast_fault.py::test_aging_of_huge_pages_and_of_nothing",)),
+    Mutant("two writers", "lock.py", "while cmpxchg(word, LOCK, ZERO, WRITER) != ZERO:", "while False:", LOCK),
+    Mutant("a reader beside the writer", "lock.py", "if seen & WRITER == ZERO and cmpxchg(", "if cmpxchg(", LOCK),
+    Mutant("a writer beside readers", "lock.py", "while cmpxchg(word, LOCK, ZERO, WRITER) != ZERO:", "while cmpxchg(word, LOCK, load(word, LOCK) & ~WRITER, WRITER) & WRITER != ZERO:", LOCK),
+    Mutant("a reader leaves for all", "lock.py", "    fetch_sub(word, LOCK, ONE)", "    store(word, LOCK, ZERO)", LOCK),
+    Mutant("what goes is not frozen", "tdp.py", "    spte = exchange(spt, index, FROZEN)\n    while", "    spte = exchange(spt, index, ZERO)\n    while", LOCK),
+    Mutant("nobody waits for a frozen entry", "tdp.py", "    while spte == FROZEN:", "    while False:", LOCK),
+    Mutant("a frozen entry is replaced", "tdp.py", "    if old == FROZEN:\n        return False\n", "", LOCK),
+    Mutant("a flush does not wait for who reads", "pool.py", "if running == KVM or (", "if running != GUEST or (", LOCK),
+    Mutant("tables are free at once", "pool.py", "np.uint64(VmWord.DEFERRED) if vm.word[VmWord.THREADS] != ZERO else np.uint64(VmWord.FREE_TABLE)", "np.uint64(VmWord.FREE_TABLE)", LOCK),
+    Mutant("a lost exchange is given up", "fault.py", "    for _ in range(FAST_RETRIES):", "    for _ in range(0):", RACES),
+    Mutant("a lost exchange is no try", "fault.py", "        return Outcome.RETRY\n    count(vcpu.stat, Counter.FAST_FIXED)", "    count(vcpu.stat, Counter.FAST_FIXED)", RACES),
 )  # fmt: skip
 
 

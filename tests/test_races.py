@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from fastmmu import _jit
 from fastmmu._jit import JIT
 from fastmmu.races import RACES
 from fastmmu.races.explore import Explorer, Found
@@ -21,22 +22,29 @@ INTERPRETED = pytest.mark.skipif(JIT, reason="the explorer needs the interpreter
 Step = Callable[[Shared], None]
 
 
-def explore(steps: list[Step], check: Callable[[np.ndarray], str], words: int = 4) -> tuple[Found, list[np.ndarray]]:
-    """Small threads over a few words; the words at the end of each order."""
+def explore(
+    steps: list[Step], check: Callable[[np.ndarray], str], words: int = 4, first: dict[int, int] | None = None
+) -> tuple[Found, list[np.ndarray]]:
+    """Small threads over a few words, zero but for those in `first`; the words at the end of each order."""
     raw, turns, ends = np.zeros(words, np.uint64), Turns(len(steps)), []
     shared = Shared("word", raw, turns, lambda index: True)
 
     def reset() -> list[Callable[[], None]]:
         raw[:] = 0
+        for at, value in (first or {}).items():
+            raw[at] = value
         return [lambda step=step: step(shared) for step in steps]
 
     def checked() -> str:
         ends.append(raw.copy())
         return check(raw)
 
+    waiting = [] if JIT else _jit.waiting
+    waiting[:] = [turns.pause]
     try:
         return Explorer(turns, reset, checked).explore(100_000), ends
     finally:
+        waiting.clear()
         turns.end()
 
 
