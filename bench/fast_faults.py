@@ -1,8 +1,8 @@
 """The fast-page-fault experiment: write-protection faults under the mmu lock against a compare-exchange without it.
 
 `<mmu>/1g`: KVM's part of each fault alone, random order over 1 GiB of 4 KiB sptes, beside the bare exchange of the same words; and
-on two threads, each with half of them. `<mmu>/resume-N`: after dirty logging began N vCPUs write every page again, TLB and all.
-`<trace>`: a recorded stream whose dirty log is collected again and again.
+in a VM whose vCPUs are threads, one with all of them or two with half each. `<mmu>/resume-N`: after dirty logging began N vCPUs
+write every page again, TLB and all. `<trace>`: a recorded stream whose dirty log is collected again and again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fastmmu.vm import Workload
 NAME = "fast-page-fault"
 MMUS = ("tdp", "legacy")
 EXCHANGE, FAST, LOCKED = "exchange", "fast", "locked"
+THREADED = tuple(f"{strategy}-{threads}" for strategy in (FAST, LOCKED) for threads in (1, 2))
 SIZE = 1 << 30
 RESUME_SIZE, RESUME_VCPUS = 256 << 20, (1, 2, 4)
 PERIOD = 50_000  # records between two collections of the log
@@ -52,7 +53,7 @@ def kvm_of(mmu: str, strategy: str) -> Kvm:
 def cells(context: Context) -> list[Cell]:
     """The bare exchange and both strategies, by MMU; then the resume, by vCPUs; then the trace."""
     name = context.workload.name
-    alone = [Cell(NAME, f"{mmu}/1g", strategy) for mmu in MMUS for strategy in (EXCHANGE, FAST, LOCKED, f"{FAST}-2", f"{LOCKED}-2")]
+    alone = [Cell(NAME, f"{mmu}/1g", strategy) for mmu in MMUS for strategy in (EXCHANGE, FAST, LOCKED, *THREADED)]
     resume = [Cell(NAME, f"{mmu}/resume-{n}", strategy) for mmu in MMUS for n in RESUME_VCPUS for strategy in (LOCKED, FAST)]
     return alone + resume + [Cell(NAME, name, strategy) for strategy in (LOCKED, FAST)]
 
@@ -76,9 +77,10 @@ class Guest:
         self.log(on=True)
 
     def fault(self, threads: int) -> int:
-        """All faults, by one vCPU or by several; how many were fixed."""
+        """All faults, by one vCPU on this thread, or by so many that are threads; how many were fixed."""
         vm, state = self.machine.vm, self.machine.state
-        if threads == 1:
+        vm.word[VmWord.THREADS] = threads
+        if threads == 0:
             return int(fault_column(vm, state, np.uint64(0), self.gpas, FAULT))
         fixed = [0] * threads
         parts = np.array_split(self.gpas, threads)
@@ -91,6 +93,7 @@ class Guest:
             thread.start()
         for thread in vcpus:
             thread.join()
+        vm.word[VmWord.THREADS] = 0
         return sum(fixed)
 
 
@@ -106,17 +109,17 @@ def guest(mmu: str, strategy: str, size: int, vcpus: int) -> Guest:
     return Guest(machine, gpas, indices)
 
 
-def vcpus_of(cell: Cell) -> int:
-    """How many threads a cell has."""
+def threads_of(cell: Cell) -> int:
+    """How many threads a cell has, 0 for one vCPU that is none."""
     if "resume" in cell.workload:
         return int(cell.workload.rsplit("-", 1)[1])
-    return 2 if cell.strategy.endswith("-2") else 1
+    return int(cell.strategy.rsplit("-", 1)[1]) if cell.strategy in THREADED else 0
 
 
 def guest_of(cell: Cell) -> Guest:
     """The guest of a cell that is no trace."""
     size = RESUME_SIZE if "resume" in cell.workload else SIZE
-    return guest(cell.workload.split("/")[0], cell.strategy, size, vcpus_of(cell))
+    return guest(cell.workload.split("/")[0], cell.strategy, size, max(threads_of(cell), 1))
 
 
 def is_trace(cell: Cell) -> bool:
@@ -172,11 +175,11 @@ def check(context: Context, cell: Cell) -> Checked:
         machine.run(events, checked=True)
         done = accesses = len(context.workload.events)
     elif "resume" in cell.workload:
-        run_threads(machine, resume_writes(one, vcpus_of(cell)), slot=0, collect=False)
+        run_threads(machine, resume_writes(one, threads_of(cell)), slot=0, collect=False)
         done = accesses = len(one.gpas)
     else:
         accesses = len(one.gpas)
-        done = exchange_column(machine.vm.spt, one.indices) if cell.strategy == EXCHANGE else one.fault(vcpus_of(cell))
+        done = exchange_column(machine.vm.spt, one.indices) if cell.strategy == EXCHANGE else one.fault(threads_of(cell))
     machine.vm.word[VmWord.LOCK_TIMED] = 0
     counters = {name: value - before[name] for name, value in machine.counters().items()}
     if not is_trace(cell):
@@ -203,11 +206,11 @@ def timed(context: Context, cell: Cell) -> Timed:
     one, done = guest_of(cell), [0]
     count = len(one.gpas)
     if "resume" in cell.workload:
-        writes = resume_writes(one, vcpus_of(cell))
+        writes = resume_writes(one, threads_of(cell))
         return Timed(lambda: run_threads(one.machine, writes, slot=0, collect=False), one.protect, lambda: count, count)
 
     def faults() -> None:
-        done[0] = exchange_column(one.machine.vm.spt, one.indices) if cell.strategy == EXCHANGE else one.fault(vcpus_of(cell))
+        done[0] = exchange_column(one.machine.vm.spt, one.indices) if cell.strategy == EXCHANGE else one.fault(threads_of(cell))
 
     return Timed(faults, one.protect, lambda: int(done[0]), count)
 
@@ -244,7 +247,7 @@ def alone_table(times: Times, counters: Counters) -> Table:
         if not workload.endswith("/1g"):
             continue
         for strategy, values in own.items():
-            first = strategy.removesuffix("-2")
+            first = strategy.replace("-2", "-1")
             over = ratio_text(own[EXCHANGE], values, cost=True) if EXCHANGE in own and first == strategy else "-"
             rate = ratio_text(own[first], values) if first != strategy and first in own else "-"
             best = f"{max(a / b for a, b in zip(own[first], values, strict=True)):.2f}" if rate != "-" else "-"
@@ -255,7 +258,8 @@ def alone_table(times: Times, counters: Counters) -> Table:
     head = ("mmu / fault", *ratios, "ns", "pf_fast", "pf_fixed", "locks", "failed")
     note = (
         "Write-protection faults in random order over 1 GiB of 4 KiB sptes, KVM's part alone; `exchange` sets W in the same words. "
-        "`-2`: two threads, each with half of the pages; `failed`: compare-exchanges of an entry that had changed."
+        "`-1`, `-2`: the vCPUs are threads, one with all pages, two with half each; while they run, the fast path also marks that "
+        "it reads, a locked exchange more. `failed`: compare-exchanges of an entry that had changed."
     )
     return Table("write-protection faults with and without the mmu lock", head, rows, note)
 
