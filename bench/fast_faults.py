@@ -63,6 +63,7 @@ class Guest:
     """A machine with one memslot whose pages are all mapped, and their addresses in random order."""
 
     machine: Machine
+    size: int
     gpas: np.ndarray
     indices: np.ndarray
 
@@ -83,7 +84,7 @@ class Guest:
         if threads == 0:
             return int(fault_column(vm, state, np.uint64(0), self.gpas, FAULT))
         fixed = [0] * threads
-        parts = np.array_split(self.gpas, threads)
+        parts = [self.gpas[self.gpas * np.uint64(threads) // np.uint64(self.size) == part] for part in range(threads)]
 
         def run(number: int) -> None:
             fixed[number] = int(fault_column(vm, state, np.uint64(number), parts[number], FAULT))
@@ -101,12 +102,13 @@ class Guest:
 def guest(mmu: str, strategy: str, size: int, vcpus: int) -> Guest:
     """The guest of a cell; one is kept."""
     machine = Machine(kvm_of(mmu, strategy), OFF, memory=size, vcpus=vcpus)
+    machine.memory.advise_huge(0, size)  # else most of a resume is the host's own TLB misses
     machine.run(EventList().add(Op.SLOT_CREATE, value=machine.prepare_slot(0, 0, size)).each_vcpu(vcpus, Op.EXIT).array())
     gpas = np.random.default_rng(SEED).permutation(size >> 12).astype(np.uint64) << np.uint64(12)
     fault_column(machine.vm, machine.state, np.uint64(0), gpas, FAULT & ~PFERR.P)
     indices = np.zeros(len(gpas), np.uint64)
     index_column(machine.vm, machine.state, gpas, indices)
-    return Guest(machine, gpas, indices)
+    return Guest(machine, size, gpas, indices)
 
 
 def threads_of(cell: Cell) -> int:
@@ -249,7 +251,7 @@ def alone_table(times: Times, counters: Counters) -> Table:
         for strategy, values in own.items():
             first = strategy.replace("-2", "-1")
             over = ratio_text(own[EXCHANGE], values, cost=True) if EXCHANGE in own and first == strategy else "-"
-            rate = ratio_text(own[first], values) if first != strategy and first in own else "-"
+            rate = ratio_text(own[first], values, cost=False) if first != strategy and first in own else "-"
             best = f"{max(a / b for a, b in zip(own[first], values, strict=True)):.2f}" if rate != "-" else "-"
             shown = counts(counters[workload, strategy], "pf_fast", "pf_fixed", "lock_taken", "exchange_failed")
             shown = ("-",) * 4 if strategy == EXCHANGE else shown
@@ -258,8 +260,8 @@ def alone_table(times: Times, counters: Counters) -> Table:
     head = ("mmu / fault", *ratios, "ns", "pf_fast", "pf_fixed", "locks", "failed")
     note = (
         "Write-protection faults in random order over 1 GiB of 4 KiB sptes, KVM's part alone; `exchange` sets W in the same words. "
-        "`-1`, `-2`: the vCPUs are threads, one with all pages, two with half each; while they run, the fast path also marks that "
-        "it reads, a locked exchange more. `failed`: compare-exchanges of an entry that had changed."
+        "`-1`, `-2`: the vCPUs are threads, one with all pages, two with one half each; while they run, the fast path also marks "
+        "that it reads, a locked exchange more. `failed`: compare-exchanges of an entry that had changed."
     )
     return Table("write-protection faults with and without the mmu lock", head, rows, note)
 
@@ -271,7 +273,7 @@ def resume_table(times: Times, counters: Counters) -> Table:
         if "/resume-" not in workload:
             continue
         for strategy, values in own.items():
-            ratio = ratio_text(own[LOCKED], values) if LOCKED in own else "-"
+            ratio = ratio_text(own[LOCKED], values, cost=False) if LOCKED in own else "-"
             counted = counters[workload, strategy]
             milliseconds = f"{statistics.median(values) * counted['accesses'] * 1e3:.2f}"
             held, waited = (f"{counted[name] / counted['accesses']:.0f}" for name in ("lock_held", "lock_waited"))
@@ -289,7 +291,7 @@ def trace_table(times: Times, counters: Counters) -> Table:
         if "/" in workload:
             continue
         for strategy, values in own.items():
-            ratio = ratio_text(own[LOCKED], values) if LOCKED in own else "-"
+            ratio = ratio_text(own[LOCKED], values, cost=False) if LOCKED in own else "-"
             counted = counters[workload, strategy]
             shown = counts(counted, "pf_taken", "pf_fast", "protected", "lock_taken")
             rows.append((f"{workload} / {strategy}", ratio, nanoseconds(values), *shown))

@@ -118,13 +118,9 @@ def fast_fault(vm, vcpu, number, page, gfn, pferr):
 
     Only a write to a present entry; where sptes have no A and D, also faults on entries that are not present for the processor.
     """
-    if pferr & PFERR.RSVD != ZERO:
-        return Outcome.INVALID
-    if pferr & PFERR.P != ZERO:
-        if pferr & PFERR.W == ZERO:
+    if pferr & (PFERR.RSVD | PFERR.P | PFERR.W) != PFERR.P | PFERR.W:
+        if pferr & (PFERR.RSVD | PFERR.P) != ZERO or vm.word[VmWord.AD] != ZERO:
             return Outcome.INVALID
-    elif vm.word[VmWord.AD] != ZERO:
-        return Outcome.INVALID
     if vm.word[VmWord.THREADS] != ZERO:
         exchange(vm.word, request_word(vcpu) + ONE, READING)  # who frees a table waits until this one has left (facts 6.2)
     outcome = fix_fast(vm, vcpu, number, page, gfn, pferr)
@@ -152,7 +148,7 @@ def exchange_leaf(vm, vcpu, number, page, gfn, pferr):
         wanted |= NPT_SPTE.W
         if level > ONE and number != NO_SLOT and logs_dirty(vm.mem.slots[np.uint64(number)]):
             return Outcome.INVALID  # only the first of its pages would be logged
-    if wanted == spte or not allows(word, wanted, pferr):
+    if not allows(word, wanted, pferr):
         return Outcome.INVALID
     if not guards.FAST_EXCHANGE:
         store(vm.spt, index, wanted)
@@ -160,7 +156,7 @@ def exchange_leaf(vm, vcpu, number, page, gfn, pferr):
         count(vcpu.stat, Counter.EXCHANGE_FAILED)
         return Outcome.RETRY
     count(vcpu.stat, Counter.FAST_FIXED)
-    if number != NO_SLOT and is_writable(wanted) and not is_writable(spte):
+    if number != NO_SLOT and wanted & ~spte & NPT_SPTE.W != ZERO:
         mark_dirty(vm, vm.mem.slots[np.uint64(number)], gfn)
     return Outcome.FIXED
 
