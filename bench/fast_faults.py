@@ -60,11 +60,11 @@ def cells(context: Context) -> list[Cell]:
 
 @dataclass
 class Guest:
-    """A machine with one memslot whose pages are all mapped, and their addresses in random order."""
+    """A machine with one memslot whose pages are all mapped, and their addresses in random order: all, and those of each vCPU."""
 
     machine: Machine
-    size: int
     gpas: np.ndarray
+    parts: list[np.ndarray]
     indices: np.ndarray
 
     def log(self, on: bool) -> None:
@@ -84,10 +84,9 @@ class Guest:
         if threads == 0:
             return int(fault_column(vm, state, np.uint64(0), self.gpas, FAULT))
         fixed = [0] * threads
-        parts = [self.gpas[self.gpas * np.uint64(threads) // np.uint64(self.size) == part] for part in range(threads)]
 
         def run(number: int) -> None:
-            fixed[number] = int(fault_column(vm, state, np.uint64(number), parts[number], FAULT))
+            fixed[number] = int(fault_column(vm, state, np.uint64(number), self.parts[number], FAULT))
 
         vcpus = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
         for thread in vcpus:
@@ -108,7 +107,8 @@ def guest(mmu: str, strategy: str, size: int, vcpus: int) -> Guest:
     fault_column(machine.vm, machine.state, np.uint64(0), gpas, FAULT & ~PFERR.P)
     indices = np.zeros(len(gpas), np.uint64)
     index_column(machine.vm, machine.state, gpas, indices)
-    return Guest(machine, size, gpas, indices)
+    parts = [gpas[gpas * np.uint64(vcpus) // np.uint64(size) == part] for part in range(vcpus)]
+    return Guest(machine, gpas, parts, indices)
 
 
 def threads_of(cell: Cell) -> int:

@@ -20,6 +20,7 @@ from fastmmu.machine_state import (
     MEMSLOT,
     PER_VCPU,
     SHADOW_PAGE,
+    STAT_WORDS,
     TABLE_WORDS,
     VCPU_WORDS,
     Counter,
@@ -138,7 +139,7 @@ class Machine:
             return np.zeros((count, *shape), np.uint64)
 
         mmu = MmuState(rows(len(Reg)), rows(16), np.zeros((count, 16), np.uint8), rows(16, len(PlainColumn)))
-        own, stat = rows(VCPU_WORDS), np.zeros((count, len(Counter)), np.int64)
+        own, stat = rows(VCPU_WORDS), np.zeros((count, STAT_WORDS), np.int64)
         self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets + 1, 1 + 2 * (-(-ways // 4) * 4)), stat)
         self.state.tlb[:, -1, 0], self.state.tlb[:, -1, 1] = 1 << 52, ways
         self.state.own[:, VcpuWord.NUMBER] = np.arange(count)

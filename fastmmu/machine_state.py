@@ -365,9 +365,13 @@ class VcpuState(NamedTuple):
     trail: np.ndarray  # uint64[TRAIL_LENGTH]
     own: np.ndarray  # uint64[VCPU_WORDS]
     tlb: np.ndarray  # uint64[sets + 1, 1 + 2 * ways rounded up to fours], see tlb.py
-    stat: np.ndarray  # int64[len(Counter)]: a gauge that one vCPU raises another may lower
+    stat: np.ndarray  # int64[STAT_WORDS], by Counter: a gauge that one vCPU raises another may lower
 
 
+CACHE_LINE_WORDS = 8
+STAT_WORDS = -(-len(Counter) // CACHE_LINE_WORDS) * CACHE_LINE_WORDS + CACHE_LINE_WORDS
+"""Words of a row of counters: no two vCPUs have counters in one cache line, wherever the rows begin. In rows that touch, two
+vCPUs that fault at the same time get in each other's way at every fault."""
 PML_ENTRIES = 512
 VCPU_WORDS = VcpuWord.PML_LOG + PML_ENTRIES
 TABLE_WORDS = 512

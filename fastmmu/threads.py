@@ -25,7 +25,7 @@ from fastmmu.guest import access_bytes
 from fastmmu.hardware import not_plain
 from fastmmu.lock import lock_for_writing, unlock_for_writing
 from fastmmu.machine import ERRORS, Machine, MachineError, NotBuilt
-from fastmmu.machine_state import LOG, Counter, SlotFlag, Status, Stop, VmWord
+from fastmmu.machine_state import LOG, STAT_WORDS, SlotFlag, Status, Stop, VmWord
 from fastmmu.memslot import WORD_BITS, slot_by_id
 from fastmmu.paging import Mode
 from fastmmu.pool import reclaim
@@ -72,7 +72,7 @@ def collect_pages(vm, stat, identity, copy):
     """Get the dirty log of a memslot, protect what it names, and copy the first word of each of these pages; returns how many.
 
     Args:
-        stat: int64[len(Counter)], the collector's own.
+        stat: int64[STAT_WORDS], the collector's own.
         copy: uint64[pages of the slot].
     """
     slot = vm.mem.slots[slot_by_id(vm, identity)]
@@ -136,7 +136,7 @@ def run_threads(machine: Machine, writes: Sequence[Writes], *, slot: int, collec
     gate = Gate(machine, writes, slot, collect)
     machine.run(EventList().each_vcpu(machine.vcpus, Op.EXIT).array())
     copy = np.zeros(gate.pages, np.uint64)
-    stat, collections, collected = np.zeros(len(Counter), np.int64), 0, 0
+    stat, collections, collected = np.zeros(STAT_WORDS, np.int64), 0, 0
     if collect:
         collected, collections = int(collect_pages(machine.vm, stat, slot, copy)), 1
         machine.run(EventList().each_vcpu(machine.vcpus, Op.EXIT).array())
