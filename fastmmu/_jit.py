@@ -24,7 +24,7 @@ from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
 from numba.core.registry import CPUDispatcher
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 # Settings that change the code Numba makes. Bounds checking is missing from Numba's own cache key: a warm cache would silently
 # ignore it, and a checked build would be loaded by later, timed runs.
@@ -129,6 +129,27 @@ def inner(function: Callable | None = None, *, inline: bool = False) -> Callable
     if JIT:
         dispatcher.__class__ = _Inner  # else a call would jump to an entry that does not exist
     return dispatcher
+
+
+def unless_none(function: Callable) -> Callable:
+    """A function of two arguments for kernels to call: None where the first is None, decided when the caller is compiled.
+
+    Numba prunes what stands behind `if x is None` where x is None, but types both ways where it is not: a function cannot return
+    None in the one case and a tuple in the other.
+    """
+    if not JIT:
+        return lambda first, second: None if first is None else function(first, second)
+
+    def choose(first, second):
+        """Where the JIT is on, its overload takes its place."""
+
+    @overload(choose, jit_options={"nogil": True, "error_model": "numpy", "_nrt": False})
+    def choose_by_type(first, second):
+        if isinstance(first, types.NoneType):
+            return lambda first, second: None
+        return lambda first, second: function(first, second)
+
+    return choose
 
 
 class _Inner(CPUDispatcher):

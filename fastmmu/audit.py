@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu.audit_shadow import check_guest_tables, check_indirect, check_rmap, check_shadow_pages
+from fastmmu.audit_shadow import check_guest_tables, check_indirect, check_protection, check_rmap, check_shadow_pages
 from fastmmu.audit_state import State, fail, must, spte_list
 from fastmmu.bits import ACC, GPTE64, MMIO_SPTE, NPT_SPTE
 from fastmmu.hardware import FOUR_ROOTS
@@ -33,12 +33,14 @@ def audit(machine: Machine, *, guest_tables: bool = True) -> None:
     check_links(state)
     check_leaves(state)
     check_mmio(state)
-    if state.shadow:
-        check_shadow_pages(state)
-        check_rmap(state)
-        check_indirect(state)
+    if state.shadow.any():
+        pages = State(machine, shadow_pages=True)
+        check_shadow_pages(pages)
+        check_rmap(pages)
+        check_indirect(pages)
+        check_protection(state)
         if guest_tables:
-            check_guest_tables(state)
+            check_guest_tables(pages)
     check_roots(state)
     check_dirty_log(state)
     for vcpu in range(machine.vcpus):
@@ -85,9 +87,8 @@ def check_links(state: State) -> None:
     expected = sorted(zip(where.tolist(), target.tolist(), strict=True))
     if sorted(parents) != expected:
         fail("lists of parents and entries that point to tables differ, (spte, table)", sorted(set(parents) ^ set(expected))[:1])
-    if not state.shadow:
-        is_root = state.page["level"] == state.word[VmWord.ROOT_LEVEL]
-        must((state.page["parents"] != 0) | is_root, "table of the TDP MMU without a parent", state.rows)
+    is_root = state.page["level"] == state.word[VmWord.ROOT_LEVEL]
+    must((state.page["parents"] != 0) | is_root | state.shadow, "table of the TDP MMU without a parent", state.rows)
 
 
 def check_leaves(state: State) -> None:
@@ -134,8 +135,9 @@ def check_mmio(state: State) -> None:
 
 
 def check_roots(state: State) -> None:
-    """Each root is held by vCPUs as many times as it counts."""
-    own = state.machine.state.own
+    """Each root is held by vCPUs as many times as it counts, for themselves or for nested guests."""
+    vcpus = state.machine.state
+    own = vcpus.own if vcpus.other is None else np.concatenate([vcpus.own, vcpus.other.own])
     held = np.zeros(len(state.machine.vm.page), np.int64)
     for vcpu in own:
         kept = vcpu[VcpuWord.PREVIOUS_ROOT : VcpuWord.PREVIOUS_ROOT + PREVIOUS_ROOTS].tolist()
@@ -176,8 +178,9 @@ def check_dirty_log(state: State) -> None:
 def check_tlb(state: State, vcpu: int) -> None:
     """No TLB entry gives more than the sptes, unless a flush is on its way (facts 9.5)."""
     machine, word = state.machine, state.word
-    if int(word[VmWord.REQUESTS + PER_VCPU * vcpu]) & FLUSHING or not machine.state.own[vcpu, VcpuWord.ROOT]:
-        return
+    own = machine.state.own[vcpu]
+    if int(word[VmWord.REQUESTS + PER_VCPU * vcpu]) & FLUSHING or not own[VcpuWord.ROOT] or own[VcpuWord.IN_NESTED]:
+        return  # what a nested guest's entries go through is not in them
     rows, epoch = machine.state.tlb[vcpu, :-1, 1:], machine.state.tlb[vcpu, -1, 0]
     tags, entries = (half.reshape(-1) for half in np.hsplit(rows, 2))
     valid = tags & EPOCH == epoch

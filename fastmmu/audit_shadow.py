@@ -74,8 +74,6 @@ def check_indirect(state: State) -> None:
     must(~unsync | (indirect & (state.page["level"] == 1)), "unsync, but no page of a leaf table, table", state.rows)
     check_huge_pages(state, indirect)
     check_unsync(state, unsync)
-    if not state.word[VmWord.UNASKED]:
-        check_protection(state, indirect & ~unsync)
 
 
 def check_guest_tables(state: State) -> None:
@@ -124,8 +122,12 @@ def check_unsync(state: State, unsync: np.ndarray) -> None:
     )
 
 
-def check_protection(state: State, synced: np.ndarray) -> None:
+def check_protection(state: State) -> None:
     """Nothing maps a table writably whose pages are in step, nor could be made to without asking."""
+    if state.word[VmWord.UNASKED]:
+        return
+    role = state.page["role"].astype(np.uint64)
+    synced = state.shadow & (role & (ROLE.DIRECT | ROLE.INVALID) == 0) & (state.page["unsync"] == 0)
     may = (state.spte & NPT_SPTE.W != 0) | state.has(VmWord.MMU_WRITABLE)
     writable = state.leaf & may
     gfn, index = state.gfn[writable], state.index[writable]

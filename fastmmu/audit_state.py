@@ -28,13 +28,15 @@ def must(true: np.ndarray, rule: str, where: np.ndarray) -> None:
 
 
 class State:
-    """A machine's tables, decoded: one row for each table in use, one column for each entry."""
+    """A machine's tables, decoded: one row for each table in use, one column for each entry; or the shadow pages alone."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *, shadow_pages: bool = False) -> None:
         self.machine, vm = machine, machine.vm
         self.word = vm.word
         used = np.arange(int(self.word[VmWord.FRESH_TABLE]))
         self.rows = used[vm.page["role"][: len(used)] != 0]
+        if shadow_pages:
+            self.rows = self.rows[is_shadow_page(vm.page["role"][self.rows], self.word)]
         self.page = vm.page[self.rows]
         self.level = self.page["level"].astype(np.uint64)[:, None]
         self.index = self.rows.astype(np.uint64)[:, None] * np.uint64(TABLE_WORDS) + np.arange(TABLE_WORDS, dtype=np.uint64)
@@ -43,11 +45,12 @@ class State:
         last = (self.level == 1) | (self.spte & NPT_SPTE.PS != 0)
         self.leaf, self.table = self.present & last, self.present & ~last
         self.pages = np.uint64(1) << (np.uint64(9) * (self.level - np.uint64(1)))
-        self.shadow = self.word[VmWord.TDP_MMU] == 0  # shadow pages, else tables of the TDP MMU
+        self.shadow = is_shadow_page(self.page["role"], self.word)  # else tables of the TDP MMU
         role = self.page["role"].astype(np.uint64)[:, None]
-        self.indirect = np.broadcast_to(self.shadow & (role & ROLE.DIRECT == 0), self.spte.shape)
+        self.indirect = np.broadcast_to(self.shadow[:, None] & (role & ROLE.DIRECT == 0), self.spte.shape)
         self.gfn = self.page["gfn"][:, None] + np.arange(TABLE_WORDS, dtype=np.uint64) * self.pages
-        self.access = np.broadcast_to((role & ROLE.ACCESS) >> np.uint64(8) if self.shadow else ACC.ALL, self.spte.shape).copy()
+        access = np.where(self.shadow[:, None], (role & ROLE.ACCESS) >> np.uint64(8), ACC.ALL)
+        self.access = np.broadcast_to(access, self.spte.shape).copy()
         remembered = vm.shadowed.reshape(-1, TABLE_WORDS)[self.rows]
         kept = self.indirect & self.leaf
         self.gfn[kept], self.access[kept] = remembered[kept] >> np.uint64(12), remembered[kept] & ACC.ALL
@@ -72,6 +75,11 @@ class State:
         start, pages = int(slot[name]), int(slot["pages"])
         words = self.machine.vm.slot_words[start : start - (-pages // 64)]
         return np.unpackbits(words.view(np.uint8), bitorder="little")[:pages].astype(bool)
+
+
+def is_shadow_page(role: np.ndarray, word: np.ndarray) -> np.ndarray:
+    """Whether tables with these roles are shadow pages. Those of the TDP MMU have nothing in theirs but the level."""
+    return (role & ~np.uint32(ROLE.LEVEL | ROLE.INVALID) != 0) | (word[VmWord.TDP_MMU] == 0)
 
 
 def with_access(sptes: np.ndarray, word: np.ndarray) -> np.ndarray:

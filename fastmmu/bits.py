@@ -151,6 +151,7 @@ class Role(NamedTuple):
     SMEP_ANDNOT_WP: np.uint64 = bit(14)
     SMAP_ANDNOT_WP: np.uint64 = bit(15)
     AD_DISABLED: np.uint64 = bit(16)
+    GUEST_MODE: np.uint64 = bit(17)  # of a nested guest
 
 
 FROZEN = np.uint64(0x5A0)  # an spte of either form that is being removed: not present, and nothing else may take its place yet

@@ -11,7 +11,7 @@ from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading,
 from fastmmu.machine_state import VmWord
 from fastmmu.memslot import WORD_BITS, max_mapping_level
 from fastmmu.pool import DIRECT, NONE, flush_remote, reclaim
-from fastmmu.rmap import MAX_HUGE_LEVEL, after, at_cursor, clear_rmap_bits, drop_leaf, first, rmap_index
+from fastmmu.rmap import MAX_HUGE_LEVEL, after, at_cursor, clear_rmap_bits, drop_leaf, first, has_rmaps, rmap_index
 from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.tdp import clear_bits, clear_bits_of_mask, set_spte, split_range
 from fastmmu.walk import ALL_ONES
@@ -40,6 +40,7 @@ def clear_slot_bits(vm, stat, slot, min_level, bits):
     first, end = slot["base"], slot["base"] + slot["pages"]
     if vm.word[VmWord.TDP_MMU] != ZERO:
         clear_bits(vm, stat, first, end, min_level, bits)
+    if not has_rmaps(vm.word):
         return
     level = min_level
     while level <= MAX_HUGE_LEVEL:
@@ -55,12 +56,12 @@ def start(vm, stat, slot):
     """The slot begins to log (facts 7.1)."""
     if vm.word[VmWord.INITIALLY_SET] != ZERO:
         return  # every page counts as dirty: nothing to protect until it is cleared
-    shared = vm.word[VmWord.TDP_MMU] != ZERO  # the TDP MMU lets faults go on meanwhile
+    shared = not has_rmaps(vm.word)  # the TDP MMU lets faults go on meanwhile
     if shared:
         lock_for_reading(vm.word, stat)
     else:
         lock_for_writing(vm.word, stat)
-    if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and shared:
+    if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and vm.word[VmWord.TDP_MMU] != ZERO:
         split_range(vm, stat, slot["base"], slot["base"] + slot["pages"])
     if vm.word[VmWord.PML] != ZERO:
         # shadow pages are looked at on 4 KiB leaves only, the TDP MMU's on every level
@@ -81,6 +82,7 @@ def clear_logged_dirty(vm, stat, slot):
     first, end = slot["base"], slot["base"] + slot["pages"]
     if vm.word[VmWord.TDP_MMU] != ZERO:
         clear_bits(vm, stat, first, end, ONE, vm.word[VmWord.DIRTY])
+    if not has_rmaps(vm.word):
         return
     for gfn in range(first, end):
         clear_rmap_bits(vm, stat, slot, gfn, ONE, vm.word[VmWord.DIRTY])
@@ -92,7 +94,7 @@ def stop_logging(vm, stat, slot):
     lock_for_writing(vm.word, stat)
     if vm.word[VmWord.TDP_MMU] != ZERO:
         zap_collapsible_tables(vm, stat, slot)
-    else:
+    if has_rmaps(vm.word):
         zap_collapsible_leaves(vm, stat, slot)
     reclaim(vm, stat)
     unlock_for_writing(vm.word, stat)
@@ -164,6 +166,7 @@ def protect_huge(vm, stat, slot, gfn):
     bits = W | vm.word[VmWord.MMU_WRITABLE]
     if vm.word[VmWord.TDP_MMU] != ZERO:
         clear_bits(vm, stat, gfn, gfn + ONE, TWO_MIB_LEVEL, bits)
+    if not has_rmaps(vm.word):
         return
     for level in range(TWO_MIB_LEVEL, MAX_HUGE_LEVEL + ONE):
         clear_rmap_bits(vm, stat, slot, gfn, level, bits)
@@ -209,6 +212,7 @@ def protect_again(vm, stat, slot, i, mask):
     bits = vm.word[VmWord.DIRTY] if vm.word[VmWord.PML] != ZERO else W
     if vm.word[VmWord.TDP_MMU] != ZERO:
         clear_bits_of_mask(vm, stat, base, mask, bits)
+    if not has_rmaps(vm.word):
         return
     gfn = base
     while mask != ZERO:

@@ -20,14 +20,14 @@ from fastmmu.guest import (
     write_memory,
 )
 from fastmmu.hardware import look_ahead, not_plain, walk_plainly
-from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, LogKind, Status, Stop, Touch, VcpuState, VcpuWord, VmWord
+from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, LogKind, Status, Stop, Touch, VcpuWord, VmWord
 from fastmmu.memslot import note_write, slot_by_id
+from fastmmu.nested_guest import end_nested, load_row, run_nested
 from fastmmu.pool import NO_TABLE, count
 from fastmmu.roots import (
     FLUSH_GUEST,
     change_registers,
     enter,
-    is_shadow_paging,
     load_pdptes,
     set_cr3,
     set_role,
@@ -35,14 +35,15 @@ from fastmmu.roots import (
     unload_roots,
 )
 from fastmmu.shadow import set_page_limit
-from fastmmu.state import NO_SLOT, MmuState, Reg
+from fastmmu.state import NO_SLOT, Reg
 from fastmmu.sync import invalidate_current, invalidate_under
 from fastmmu.tlb import flush, invalidate, lookup
+from fastmmu.views import is_nested, is_shadow_paging, vcpu_of
 from fastmmu.walk import ALL_ONES, MODE_PAE
 
 (
     ACCESS, DEVICE, STORE, CR3, INVLPG, FLUSH, GENERATION, LOAD, WRITE, EXCHANGE, OPERAND, VCPU, EXIT, MODE, REGISTERS, SLOT_CREATE,
-    SLOT_DELETE, SLOT_FLAGS, DIRTY_GET, DIRTY_CLEAR, UNMAP, PAGE_LIMIT, PARAMETER, AGE,
+    SLOT_DELETE, SLOT_FLAGS, DIRTY_GET, DIRTY_CLEAR, UNMAP, PAGE_LIMIT, PARAMETER, AGE, VMRUN, VMEXIT,
 ) = (np.uint8(op) for op in Op)  # fmt: skip
 LOG_MARGIN = np.uint64(256)  # rows that one event may need
 WORD_BYTES, BYTE_BITS = np.uint64(8), np.uint64(3)
@@ -51,13 +52,6 @@ NO = np.uint8(0)
 NOT_FETCHED = -1
 AHEAD = np.uint64(6)  # accesses
 CR0_ON, CR0_FREE = CR0.PG | CR0.WP, CR0.TS | CR0.MP
-
-
-@inner
-def vcpu_of(vcpus, number):
-    """One vCPU's state."""
-    mmu = MmuState(vcpus.mmu.reg[number], vcpus.mmu.reserved[number], vcpus.mmu.permissions[number], vcpus.mmu.plain[number])
-    return VcpuState(mmu, vcpus.trail[number], vcpus.own[number], vcpus.tlb[number], vcpus.stat[number])
 
 
 @inner
@@ -239,7 +233,7 @@ def invalidate_page(vm, vcpu, gva):
         count(vcpu.stat, Counter.INSN_EMULATION)
         count(vcpu.stat, Counter.INVLPG)
     invalidate(vcpu.tlb, gva)
-    if is_shadow_paging(vm, vcpu):
+    if vm.word[VmWord.TDP] == ZERO and is_shadow_paging(vm, vcpu):
         invalidate_all_roots(vm, vcpu, gva)
 
 
@@ -251,13 +245,6 @@ def invalidate_all(vm, vcpu):
         count(vcpu.stat, Counter.INSN_EMULATION)
         ask_one(vm, vcpu, FLUSH_GUEST)
     flush(vcpu.tlb)
-
-
-@inner
-def copy(target, source):
-    """Copy element by element: a whole-array assignment would allocate."""
-    for i in range(len(target)):
-        target[i] = source[i]
 
 
 @inner
@@ -278,15 +265,12 @@ def set_registers(vm, vcpu, table, row, by_guest):
     changed = cr3 != old_cr3 or table.mmu.reg[row, Reg.MODE] == MODE_PAE
     for i in range(table.raw.shape[1]):
         changed |= own[VcpuWord.CR0 + i] != table.raw[row, i]
-    for i in range(len(reg)):  # the generation is the VM's, PDPTEs are loaded from memory
-        if i != Reg.GENERATION and not Reg.PDPTE0 <= i <= Reg.PDPTE3:
-            reg[i] = table.mmu.reg[row, i]
-    reg[Reg.CR3] = cr3
-    copy(vcpu.mmu.reserved, table.mmu.reserved[row])
-    copy(vcpu.mmu.permissions, table.mmu.permissions[row])
-    for kind in range(len(vcpu.mmu.plain)):
-        copy(vcpu.mmu.plain[kind], table.mmu.plain[row, kind])
+    load_row(vcpu.mmu, table, row, cr3)
     own[VcpuWord.FETCH_ACCESS] = ZERO
+    if is_nested(vcpu.nested, own):
+        flush(vcpu.tlb)
+        return
+    own[VcpuWord.REGISTERS] = row
     shadowed = vm.word[VmWord.TDP] == ZERO
     if by_guest:
         flush(vcpu.tlb)
@@ -398,6 +382,11 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
             if op == STORE:
                 if touched.status == Status.STOP:
                     return i
+            elif touched.status == Status.REFLECTED:
+                write_log(vm, log, LogKind.NESTED_EXIT, 0, i, touched.address, touched.pferr)
+                vcpu = end_nested(vcpu.nested, vm, vcpus, vcpu, table)
+                while i < len(events) and events[i]["op"] != VMEXIT:
+                    i += 1
             elif not after_access(vm, vcpu, log, i, row, touched):
                 return i
         elif op == CR3:
@@ -414,6 +403,15 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                 return i
             leave(vm, vcpu)
             count(vcpu.stat, Counter.IO_EXITS)
+        elif op == VMRUN:
+            if not enter(vm, vcpu):
+                return i
+            vcpu = run_nested(vcpu.nested, vm, vcpus, vcpu, table, address, value)
+        elif op == VMEXIT:
+            if not enter(vm, vcpu):
+                return i
+            leave(vm, vcpu)
+            vcpu = end_nested(vcpu.nested, vm, vcpus, vcpu, table)
         elif op in (MODE, REGISTERS):
             set_registers(vm, vcpu, table, value, op == REGISTERS)
         else:

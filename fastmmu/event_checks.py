@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -30,13 +31,15 @@ class MemslotInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds the events of a machine: bits of addresses, whether CR4.PCIDE occurs, numbers of vCPUs and register rows."""
+    """What bounds the events of a machine: bits of addresses, whether CR4.PCIDE occurs, numbers of vCPUs and register rows, whether
+    there are nested guests."""
 
     maxphyaddr: int
     width: int
     pcids: bool
     vcpus: int
     registers: int
+    nested: bool
 
 
 def refuse_event(events: np.ndarray, at: int, column: str, expected: str) -> NoReturn:
@@ -80,6 +83,12 @@ def check_events(events: np.ndarray, limits: Limits, slots: dict[int, MemslotInf
     refuse((op == Op.CR3) & (value & upper != 0), "value", f"an address of {limits.maxphyaddr} bits")
     refuse((op == Op.VCPU) & (value >= limits.vcpus), "value", f"a vCPU below {limits.vcpus}")
     refuse(np.isin(op, (Op.MODE, Op.REGISTERS)) & (value >= limits.registers), "value", "a row of registers()")
+    nesting = np.isin(op, (Op.VMRUN, Op.VMEXIT))
+    refuse(nesting & (not limits.nested), "op", "a machine with nested guests")
+    low, high = value & np.uint64(0xFFFFFFFF), value >> np.uint64(32)
+    refuse((op == Op.VMRUN) & ((low >= limits.registers) | (high >= limits.registers)), "value", "a row of prepare_vmrun()")
+    refuse((op == Op.VMRUN) & (address >= np.uint64(1 << limits.maxphyaddr)), "address", f"below 2^{limits.maxphyaddr}")
+    check_nesting(events, refuse)
     names = ", ".join(one.name for one in PARAMETERS)
     refuse((op == Op.PARAMETER) & (~np.isin(address, PARAMETERS) | (value > 1)), "address", names)
     refuse((op == Op.PAGE_LIMIT) & (value < 64), "value", "at least 64, as KVM demands")
@@ -87,6 +96,23 @@ def check_events(events: np.ndarray, limits: Limits, slots: dict[int, MemslotInf
     span = (address & page != 0) | (value & page != 0) | (address >= value) | (value > PHYSICAL_LIMIT)
     refuse(np.isin(op, (Op.UNMAP, Op.AGE)) & span, "address", "a range of whole pages")
     check_slot_events(events, dict(slots), prepared)
+
+
+def check_nesting(events: np.ndarray, refuse: Callable[[np.ndarray, str, str], None]) -> None:
+    """On each vCPU VMRUN and VMEXIT take turns, and registers are not set while a nested guest runs."""
+    inside, vcpu, bad = set(), 0, np.zeros(len(events), bool)
+    for at in np.flatnonzero(np.isin(events["op"], (Op.VCPU, Op.VMRUN, Op.VMEXIT, Op.MODE))).tolist():
+        op = events["op"][at]
+        if op == Op.VCPU:
+            vcpu = int(events["value"][at])
+        elif op == Op.VMEXIT:
+            bad[at] = vcpu not in inside
+            inside.discard(vcpu)
+        else:
+            bad[at] = vcpu in inside
+            if op == Op.VMRUN:
+                inside.add(vcpu)
+    refuse(bad, "op", "VMRUN and VMEXIT in turn, and no MODE between them")
 
 
 def check_slot_events(events: np.ndarray, slots: dict[int, MemslotInfo], prepared: np.ndarray) -> None:

@@ -36,6 +36,9 @@ class Op(IntEnum):
     PAGE_LIMIT = 21  # value: limit of shadow pages (KVM_SET_NR_MMU_PAGES)
     PARAMETER = 22  # address: a VmWord, value: what it becomes
     AGE = 23  # the host asks whether address to value, bytes, was used (mmu notifier, clear_flush_young)
+    # the guest as a hypervisor
+    VMRUN = 24  # address: gpa of the VMCB, value: row that Machine.prepare_vmrun() gave
+    VMEXIT = 25  # the nested guest leaves by itself (VMMCALL); where a fault of it goes to its hypervisor, what follows it goes on
 
 
 EVENT = np.dtype([

@@ -18,7 +18,6 @@ from fastmmu.machine_state import Counter, Outcome, Running, VcpuWord, VmWord
 from fastmmu.memslot import host_frame, is_readonly, logs_dirty, mark_dirty, slot_by_gfn
 from fastmmu.mmio import covers, fill, match_gpa
 from fastmmu.pool import NO_TABLE, count, flush_remote
-from fastmmu.roots import is_shadow_paging
 from fastmmu.shadow import is_short_of_pages, make_pages_available
 from fastmmu.shadow_fault import (
     OPEN,
@@ -52,7 +51,8 @@ from fastmmu.spte import (
 )
 from fastmmu.state import NO_SLOT, Reg, Walk
 from fastmmu.tdp import LOST, link_table, try_set_spte, zap_huge
-from fastmmu.unsync import is_write_tracked
+from fastmmu.unsync import is_write_tracked, refuses_write
+from fastmmu.views import is_nested, is_shadow_paging
 
 FAST_RETRIES = 4
 READING = np.uint64(Running.READING)
@@ -61,7 +61,10 @@ MMIO, MMIO_GENERATION, MMIO_END = int(VcpuWord.MMIO), int(VcpuWord.MMIO_GENERATI
 
 @inner(inline=True)
 def cache_mmio(vm, vcpu, gva, gfn, access):
-    """Remember the device page in the MMIO info cache (facts 4.1); gva 0 where the address that faulted is a gpa."""
+    """Remember the device page in the MMIO info cache (facts 4.1); gva 0 where the address that faulted is a gpa. Of a nested guest
+    the address is neither: only the gfn is kept."""
+    if is_nested(vcpu.nested, vcpu.own):
+        gva = ZERO
     if vm.word[VmWord.MMIO_INFO] != ZERO:
         walk = Walk(True, gfn << PAGE_SHIFT, ONE, access, ZERO)
         fill(vcpu.own[MMIO:MMIO_GENERATION], None, vcpu.own[MMIO_GENERATION:MMIO_END], vcpu.mmu, gva, walk)
@@ -70,7 +73,7 @@ def cache_mmio(vm, vcpu, gva, gfn, access):
 @inner
 def is_remembered(vm, vcpu, address):
     """Whether the MMIO info cache knows the address that faulted: a gva under shadow paging, else a gpa (facts 4.2)."""
-    if vm.word[VmWord.MMIO_INFO] == ZERO:
+    if vm.word[VmWord.MMIO_INFO] == ZERO or is_nested(vcpu.nested, vcpu.own):
         return False
     entry, generation = vcpu.own[MMIO:MMIO_GENERATION], vcpu.own[MMIO_GENERATION:MMIO_END]
     if is_shadow_paging(vm, vcpu):
@@ -185,7 +188,10 @@ def new_leaf(vm, vcpu, number, gfn, level, old):
         count(vcpu.stat, Counter.PF_MMIO_SPTE_CREATED)
         return make_mmio(vm.word, gfn, ACC.ALL)
     slot = vm.mem.slots[number]
-    spte = make_leaf(vm.word, host_frame(vm.frames, frame_at(gfn, level)), level, ACC.ALL, old, not is_readonly(slot), False)
+    rights = ACC.ALL
+    if not is_writable(old) and vm.word[VmWord.INDIRECT_PAGES] != ZERO and refuses_write(vm, vcpu.stat, slot, gfn, True, False):
+        rights = ACC.X | ACC.U  # a table that a hypervisor gave a nested guest lies there
+    spte = make_leaf(vm.word, host_frame(vm.frames, frame_at(gfn, level)), level, rights, old, not is_readonly(slot), False)
     if is_writable(spte):
         mark_dirty(vm, slot, gfn)
     return spte

@@ -8,20 +8,23 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import inner
-from fastmmu.bits import ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
+from fastmmu.bits import GPTE64, ONE, PAGE_MASK, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
 from fastmmu.exits import leave
 from fastmmu.fault import page_fault
 from fastmmu.hardware import ADDRESS_32, access_gpa, not_plain, translate_page, walk_and_insert
 from fastmmu.machine_state import Counter, LogKind, Outcome, Status, Stop, Touch, VcpuWord, VmWord
+from fastmmu.memory import find_slot
 from fastmmu.memslot import is_readonly, mark_dirty, note_write, slot_by_gfn
 from fastmmu.mmio import cached_gpa, match, match_gpa
+from fastmmu.permission import permission_fault
 from fastmmu.pool import count
-from fastmmu.roots import enter, is_shadow_paging, stop
+from fastmmu.roots import enter, stop
 from fastmmu.shadow_fault import inject, walk_for_kvm
 from fastmmu.state import NO_SLOT, Miss, Reg
 from fastmmu.track import track_write
 from fastmmu.unsync import is_write_tracked, refuses_write
-from fastmmu.walk import MODE_NONE
+from fastmmu.views import is_nested, is_shadow_paging, kvm_view
+from fastmmu.walk import ALL_ONES, MODE_NONE, access_of, mode_of, page_gpa, read_entry, reserved_row, table_index
 
 ATTEMPTS = 4096  # an instruction that faults so often without getting on never will: two dimensions of tables need 24
 THREAD_ATTEMPTS = 64_000_000  # while other threads run: one that was put to sleep in the middle of a change is waited for
@@ -78,13 +81,15 @@ def access_bytes(vm, vcpu, log, event, gva, size, access, missed, tried):
             if vm.word[VmWord.LOG_FAULTS] != ZERO:
                 write_log(vm, log, LogKind.EXIT, 0, event, touched.address, touched.pferr)
             leave(vm, vcpu)
-            outcome = page_fault(vm, vcpu, touched.address, touched.pferr)
+            outcome = page_fault(vm, kvm_view(vcpu.nested, vcpu), touched.address, touched.pferr)
             if outcome == Outcome.EMULATE:
                 if fetching:  # the instruction itself has become a device
                     stop(vm, Stop.DEVICE_FETCH, target, wanted)
                     return not_plain(), ZERO
                 if not blocked(vm, touched.pferr):
                     return Touch(Status.EMULATED, ZERO, touched.address, touched.pferr), ZERO
+            elif outcome == Outcome.INJECT and is_nested(vcpu.nested, vcpu.own):
+                return reflected(vcpu, touched.address, touched.pferr), ZERO
             elif outcome == Outcome.INJECT:
                 return Touch(Status.FAULT, ZERO, target, vcpu.own[VcpuWord.INJECTED]), ZERO
             elif outcome >= Outcome.NO_TABLES:
@@ -104,6 +109,13 @@ def access_bytes(vm, vcpu, log, event, gva, size, access, missed, tried):
             target, first = second, touched
     stop(vm, Stop.NO_PROGRESS, gva, access)
     return not_plain(), ZERO
+
+
+@inner
+def reflected(vcpu, address, pferr):
+    """A nested guest's fault goes to its hypervisor: the rights are those of the walk of its tables, whether the address was a
+    final one or of an entry is the processor's word."""
+    return Touch(Status.REFLECTED, ZERO, address, (pferr & (PFERR.GUEST_FINAL | PFERR.GUEST_PAGE)) | vcpu.own[VcpuWord.INJECTED])
 
 
 @inner
@@ -181,11 +193,52 @@ def is_device(vm, vcpu, gpa, write):
     return number == NO_SLOT or (write and is_readonly(vm.mem.slots[number]))
 
 
+@inner
+def walk_nested(vm, vcpu, gva, access):
+    """The emulator's Touch of a page of a nested guest: L2's tables, each address in them by the tables that L1 gave L2.
+
+    A and D of L2's tables were set by the processor, whose walk ended in the fault that is emulated.
+    """
+    mmu, view = vcpu.mmu, kvm_view(vcpu.nested, vcpu)
+    mode = mode_of(mmu)
+    table, level, rights = mmu.reg[Reg.CR3] & mode.root, mode.levels, ALL_ONES
+    while True:
+        index = table_index(gva, level, mode.index_bits)
+        entry = table + index * (ONE << (PAGE_SHIFT - mode.index_bits))
+        held = walk_for_kvm(vm, view, entry, PFERR.U | PFERR.W)
+        if not held.ok:
+            inject(vm, view, entry, held.pferr)
+            return reflected(vcpu, entry, PFERR.GUEST_FINAL)
+        if find_slot(vm.mem.slots, held.gpa) == NO_SLOT:
+            return Touch(Status.FAULT, ZERO, gva, access)
+        gpte = read_entry(vm.mem, mode, held.gpa & PAGE_MASK, index)
+        large = gpte & mmu.reg[Reg.LARGE]
+        if gpte & GPTE64.P == ZERO:
+            return Touch(Status.FAULT, ZERO, gva, access)
+        if gpte & mmu.reserved[reserved_row(large, level)] != ZERO:
+            return Touch(Status.FAULT, ZERO, gva, access | PFERR.P | PFERR.RSVD)
+        rights &= gpte ^ GPTE64.NX
+        if level == ONE or large != ZERO:
+            break
+        table = gpte & mode.root
+        level -= ONE
+    if permission_fault(mmu, access_of(rights), access):
+        return Touch(Status.FAULT, ZERO, gva, access | PFERR.P)
+    gpa = page_gpa(mode, gpte, gva, level)
+    held = walk_for_kvm(vm, view, gpa, access | PFERR.U)
+    if held.ok:
+        return Touch(Status.DONE, held.gpa, ZERO, ZERO)
+    inject(vm, view, gpa, held.pferr)
+    return reflected(vcpu, gpa, PFERR.GUEST_FINAL)
+
+
 @inner(inline=True)
 def emulated_gpa(vm, vcpu, gva, access, faulted, locked):
     """(Touch of a page as the emulator finds it, whether KVM remembers it as a device's): the gpa that faulted where the offset is
     the same, or by the MMIO info cache, else by a walk (facts 4.3). The store of a locked exchange walks first: to memory it goes
     by what the tables say now."""
+    if is_nested(vcpu.nested, vcpu.own):
+        return walk_nested(vm, vcpu, gva, access), False
     direct = not is_shadow_paging(vm, vcpu)
     if direct and gva & PAGE_OFFSET == faulted & PAGE_OFFSET:
         return Touch(Status.DONE, faulted, ZERO, ZERO), False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import cmpxchg, inner, load, prefetch
-from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
+from fastmmu.bits import ACC, GPTE64, NPT_SPTE, ONE, PAGE_MASK, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
 from fastmmu.exits import log_modification
 from fastmmu.machine_state import Counter, Status, Touch, VcpuWord, VmWord
 from fastmmu.memslot import note_write
@@ -20,6 +20,7 @@ from fastmmu.pool import NO_TABLE, count
 from fastmmu.spte import INDEX_BITS, INDEX_MASK, entry_of, frame_at, is_last, is_writable, pfn_of
 from fastmmu.state import Reg
 from fastmmu.tlb import insert, lookup
+from fastmmu.views import is_nested
 from fastmmu.walk import (
     ALL_ONES,
     MODE_LONG4,
@@ -28,6 +29,7 @@ from fastmmu.walk import (
     exchange_entry,
     mode_of,
     page_gpa,
+    page_offset_mask,
     plain_for,
     read_entry,
     reserved_row,
@@ -81,6 +83,8 @@ def walk_sptes(vm, table, level, gfn, access):
         level -= ONE
     if access & PFERR.W != ZERO and not is_writable(spte):
         return NOWHERE, access | PFERR.P
+    if spte & word[VmWord.USER] == ZERO and word[VmWord.TDP] != ZERO and (access & PFERR.F == ZERO or word[VmWord.EPT] == ZERO):
+        return NOWHERE, access | PFERR.P  # only what the hypervisor of a nested guest grants can lack it
     if access & PFERR.F != ZERO and not is_executable(word, spte):
         return NOWHERE, access | PFERR.P
     return index, spte
@@ -127,17 +131,26 @@ def descend_from(spt, table, page, level):
 
 
 @inner
+def place_of(vm, vcpu, gpa, index, spte):
+    """Where in memory the page that a leaf maps holds `gpa`: there, but for a nested gpa."""
+    if not is_nested(vcpu.nested, vcpu.own):
+        return gpa
+    inside = page_offset_mask(np.uint64(vm.page[index >> INDEX_BITS]["level"]), INDEX_BITS)
+    return (spte & NPT_SPTE.ADDR & ~inside) | (gpa & inside)
+
+
+@inner
 def touch_gpa(vm, vcpu, gpa, access):
-    """One access to a guest physical address: (True, spte), or (False, error code)."""
+    """One access to a guest physical address: (True, spte, where that is in memory), or (False, error code, 0)."""
     gfn = gpa >> PAGE_SHIFT
     table, level = root_for(vm, vcpu, gfn)
     while True:
         index, found = walk_sptes(vm, table, level, gfn, access)
         if index == NOWHERE:
-            return False, found
+            return False, found, ZERO
         used, spte = use_spte(vm, vcpu, index, found, gfn, access & PFERR.W != ZERO)
         if used:
-            return True, spte
+            return True, spte, place_of(vm, vcpu, gpa, index, spte)
 
 
 @inner
@@ -254,10 +267,15 @@ def set_guest_bits(vm, vcpu, mode, table, gva, leaf_level, write):
         if level == leaf_level and write:
             wanted |= GPTE64.D
         if wanted != gpte:
-            if not exchange_entry(vm.mem, mode, table, table_index(gva, level, mode.index_bits), gpte, wanted):
+            held, index = table, table_index(gva, level, mode.index_bits)
+            if is_nested(vcpu.nested, vcpu.own):
+                mapped, _, held = touch_gpa(vm, vcpu, table, TABLE_ACCESS | PFERR.W)
+                if not mapped:
+                    return False
+            if not exchange_entry(vm.mem, mode, held, index, gpte, wanted):
                 return False
             vcpu.trail[level] = wanted
-            note_write(vm, vcpu, table)
+            note_write(vm, vcpu, held)
         if level == leaf_level:
             return True
         table = gpte & mode.root
@@ -286,10 +304,11 @@ def walk_guest(vm, vcpu, gva, access):
         while True:
             index = table_index(gva, level, mode.index_bits)
             entry = table + index * (ONE << (PAGE_SHIFT - mode.index_bits))
-            mapped, answer = touch_gpa(vm, vcpu, entry, table_access)
+            mapped, answer, place = touch_gpa(vm, vcpu, entry, table_access)
             if not mapped:
                 return leaves(entry, answer), ONE, ZERO, False
-            gpte = read_entry(mem, mode, table, index)
+            held = place & PAGE_MASK
+            gpte = read_entry(mem, mode, held, index)
             if gpte & GPTE64.P == ZERO:
                 return guest_fault(vcpu, gva, access, ZERO), ONE, ZERO, False
             large = gpte & mmu.reg[Reg.LARGE]
@@ -299,9 +318,9 @@ def walk_guest(vm, vcpu, gva, access):
             rights &= gpte ^ GPTE64.NX
             last = level == ONE or large != ZERO
             if not last and gpte & GPTE64.A == ZERO and vm.word[VmWord.ACCESSED_WHILE_WALKING] != ZERO:
-                if not exchange_entry(mem, mode, table, index, gpte, gpte | GPTE64.A):
+                if not exchange_entry(mem, mode, held, index, gpte, gpte | GPTE64.A):
                     break
-                note_write(vm, vcpu, entry)
+                note_write(vm, vcpu, place)
                 gpte |= GPTE64.A
             vcpu.trail[level] = gpte
             if last:
@@ -345,7 +364,7 @@ def walk_plainly(vm, vcpu, gva, access):
     if word[VmWord.TDP] == ZERO:
         return walk_shadow_plainly(vm, vcpu, gva, access)
     plain = plain_for(vcpu.mmu, access)
-    if plain.mode != MODE_LONG4:
+    if plain.mode != MODE_LONG4 or is_nested(vcpu.nested, vcpu.own):
         return not_plain()
     root, top = vcpu.own[VcpuWord.ROOT], word[VmWord.ROOT_LEVEL]
     needed = word[VmWord.USE_TABLE]
@@ -374,7 +393,7 @@ def walk_plainly(vm, vcpu, gva, access):
     needed, forbidden = needs_of(word, access)
     usable, spte = is_usable(vm.spt, root, top, gpa >> PAGE_SHIFT, needed, forbidden)
     if not usable:
-        mapped, spte = touch_gpa(vm, vcpu, gpa, final_access(vm, access))
+        mapped, spte, _ = touch_gpa(vm, vcpu, gpa, final_access(vm, access))
         if not mapped:
             return leaves(gpa, spte)
     granted = access_of((rights & ~GPTE64.NX) | (~seen & GPTE64.NX))
@@ -407,8 +426,8 @@ def final_access(vm, access):
 @inner
 def access_gpa(vm, vcpu, gpa, access):
     """An access by guest physical address."""
-    mapped, answer = touch_gpa(vm, vcpu, gpa, final_access(vm, access))
-    return Touch(Status.DONE, gpa, ZERO, ZERO) if mapped else leaves(gpa, answer)
+    mapped, answer, place = touch_gpa(vm, vcpu, gpa, final_access(vm, access))
+    return Touch(Status.DONE, place, ZERO, ZERO) if mapped else leaves(gpa, answer)
 
 
 @inner
@@ -419,9 +438,9 @@ def walk_and_insert(vm, vcpu, gva, access):
     touched, level, rights, dirty = walk_guest(vm, vcpu, gva, access)
     if touched.status != Status.DONE:
         return touched
-    mapped, answer = touch_gpa(vm, vcpu, touched.gpa, final_access(vm, access))
+    mapped, answer, place = touch_gpa(vm, vcpu, touched.gpa, final_access(vm, access))
     if not mapped:
         return leaves(touched.gpa, answer)
     writable = is_writable(answer) and (answer & vm.word[VmWord.DIRTY] != ZERO or vm.word[VmWord.DIRTY] == ZERO)
-    insert(vcpu.tlb, gva, touched.gpa, rights, level, dirty and writable, is_executable(vm.word, answer))
-    return touched
+    insert(vcpu.tlb, gva, place, rights, level, dirty and writable, is_executable(vm.word, answer))
+    return Touch(Status.DONE, place, ZERO, ZERO)

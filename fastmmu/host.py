@@ -15,7 +15,7 @@ from fastmmu.lock import lock_for_writing, unlock_for_writing
 from fastmmu.machine_state import Request, VmWord
 from fastmmu.memslot import LOG, is_readonly, logs_dirty, slot_by_id
 from fastmmu.pool import ask, flush_remote, reclaim
-from fastmmu.rmap import MAX_HUGE_LEVEL, age_list, drop_leaves, rmap_index
+from fastmmu.rmap import MAX_HUGE_LEVEL, age_list, drop_leaves, has_rmaps, rmap_index
 from fastmmu.shadow import set_page_limit, zap_obsolete
 from fastmmu.spte import frame_at, pages_at
 from fastmmu.state import NO_SLOT, Reg
@@ -43,8 +43,16 @@ def next_generation(vm, vcpus, stat):
     generation = vm.word[VmWord.GENERATION] + ADDRESS_SPACES
     vm.word[VmWord.GENERATION] = generation
     vcpus.mmu.reg[:, Reg.GENERATION] = generation
+    tell_nested(vcpus.nested, generation)
     if generation & MMIO_SPTE.GENERATION & ~(ADDRESS_SPACES - ONE) == ZERO:
         zap_all_fast(vm, stat)
+
+
+@inner
+def tell_nested(nested, generation):
+    """The same for what KVM makes of nested guests' tables; `nested` is that of all vCPUs."""
+    if nested is not None:
+        nested.reg[:, Reg.GENERATION] = generation
 
 
 @inner
@@ -132,6 +140,7 @@ def unmap(vm, stat, start, end):
             continue
         if vm.word[VmWord.TDP_MMU] != ZERO:
             zapped |= zap_leafs(vm, stat, low, high)
+        if not has_rmaps(vm.word):
             continue
         level = ONE
         while level <= MAX_HUGE_LEVEL:
@@ -165,6 +174,7 @@ def age(vm, stat, start, end):
             continue
         if vm.word[VmWord.TDP_MMU] != ZERO:
             young |= age_leafs(vm, low, high)
+        if not has_rmaps(vm.word):
             continue
         level = ONE
         while level <= MAX_HUGE_LEVEL:

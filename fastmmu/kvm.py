@@ -31,6 +31,8 @@ class Kvm:
         pml: page-modification logging; needs tdp and ad.
         manual_protect, initially_set: the dirty-log capability.
         page_1g: huge pages of 1 GiB.
+        nested: the guest may be a hypervisor; needs tdp, with NPT.
+        next_rip: the processor says where the next instruction is, so that VMRUN is not emulated to step over it.
         host_maxphyaddr: physical-address bits of the host.
         generation: memslot generation at the start.
         tlb: (sets, ways) of each vCPU's TLB of 4 KiB translations; sets a power of two.
@@ -58,6 +60,8 @@ class Kvm:
     manual_protect: bool = False
     initially_set: bool = False
     page_1g: bool = True
+    nested: bool = False
+    next_rip: bool = True
     host_maxphyaddr: int = 46
     generation: int = 0
     tlb: tuple[int, int] = (256, 4)
@@ -84,6 +88,8 @@ class Kvm:
             raise ValueError("ad: False, expected True for NPT and shadow paging, whose entries always have A and D")
         if self.pml and not (self.tdp and self.ad):
             raise ValueError("pml: True, expected False without tdp or without ad")
+        if self.nested and (not self.tdp or self.ept):
+            raise ValueError("nested: True, expected tdp with NPT")
         if self.initially_set and not self.manual_protect:
             raise ValueError("initially_set: True, expected manual_protect with it")
 
@@ -91,7 +97,7 @@ class Kvm:
 FLAGS = (
     "tdp", "tdp_mmu", "ept", "ad", "nx_huge_pages", "eager_page_split", "mmio_caching", "mmio_info", "cached_roots",
     "sync_skips_unchanged", "last_slot", "prefetch", "force_sync_on_reuse", "fast_page_fault", "pml", "manual_protect",
-    "initially_set", "page_1g", "tlb_flushed_on_exit", "accessed_while_walking", "reserved_without_present",
+    "initially_set", "page_1g", "nested", "next_rip", "tlb_flushed_on_exit", "accessed_while_walking", "reserved_without_present",
 )  # fmt: skip
 
 

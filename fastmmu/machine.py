@@ -5,11 +5,11 @@ Compiled code checks no bounds; every event, slot and register that reaches it p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastmmu.bits import CR4, GPTE64, PAGE_SIZE, PHYSICAL_LIMIT
+from fastmmu.bits import CR0, CR4, GPTE64, PAGE_SIZE, PHYSICAL_LIMIT
 from fastmmu.checks import checked_int
 from fastmmu.drive import drive
 from fastmmu.event_checks import Limits, MemslotInfo, check_events
@@ -32,6 +32,7 @@ from fastmmu.machine_state import (
     VcpuState,
     VcpuWord,
     VmWord,
+    Words,
 )
 from fastmmu.memory import GuestMemory, reserve
 from fastmmu.paging import Cpu, Mode, PlainColumn, permission_bytes, plain_checks, reserved_masks
@@ -114,7 +115,7 @@ class Machine:
         word[VmWord.REQUESTS :: PER_VCPU] = Request.LOAD_ROOT
         kvm = self.kvm
         for name in FLAGS:
-            if name != "page_1g":
+            if name not in ("page_1g", "nested"):
                 word[VmWord[name.upper()]] = getattr(kvm, name)
         word[VmWord.ROOT_LEVEL] = 5 if self._maxphyaddr > 48 else 4
         word[VmWord.MAX_LEVEL] = 3 if kvm.page_1g else 2
@@ -140,7 +141,14 @@ class Machine:
 
         mmu = MmuState(rows(len(Reg)), rows(16), np.zeros((count, 16), np.uint8), rows(16, len(PlainColumn)))
         own, stat = rows(VCPU_WORDS), np.zeros((count, STAT_WORDS), np.int64)
-        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, rows(sets + 1, 1 + 2 * (-(-ways // 4) * 4)), stat)
+        nested = other = None
+        if self.kvm.nested:
+            nested = MmuState(rows(len(Reg)), rows(16), np.zeros((count, 16), np.uint8), rows(16, len(PlainColumn)))
+            nested.reg[:, Reg.GENERATION] = self.kvm.generation
+            other = Words(rows(VCPU_WORDS))
+            other.own[:, VcpuWord.NUMBER], other.own[:, VcpuWord.NESTED] = np.arange(count), 1
+        tlb = rows(sets + 1, 1 + 2 * (-(-ways // 4) * 4))
+        self.state = VcpuState(mmu, rows(TRAIL_LENGTH), own, tlb, stat, nested, other)
         self.state.tlb[:, -1, 0], self.state.tlb[:, -1, 1] = 1 << 52, ways
         self.state.own[:, VcpuWord.NUMBER] = np.arange(count)
         mmu.reg[:, Reg.GENERATION] = self.kvm.generation
@@ -173,6 +181,24 @@ class Machine:
         raw = np.array([(one.cr0, one.cr4, one.efer) for one in self._cpus], np.uint64)
         self._table = RegisterTable(MmuState(reg, *derived), raw)
         return len(self._cpus) - 1
+
+    def prepare_vmrun(self, l1: Cpu, l2: Cpu, nested_cr3: int) -> int:
+        """Rows of registers for a VMRUN event: those of the nested guest, and those by which KVM walks the tables that it is given.
+
+        Args:
+            l1: registers of the hypervisor, which pages in long mode.
+            l2: registers of its guest.
+            nested_cr3: gpa of the top table from `l2`'s physical addresses to those of `l1`.
+
+        Raises:
+            ValueError: the machine has no nested guests, or a value out of range.
+        """
+        if not self.kvm.nested:
+            raise ValueError("vmrun: expected a machine with Kvm(nested=True)")
+        tables = replace(l1, cr0=int(CR0.PE | CR0.PG), cr3=nested_cr3, cr4=l1.cr4 & ~int(CR4.PKE | CR4.PCIDE | CR4.PKS))
+        if tables.mode not in (Mode.LONG4, Mode.LONG5):
+            raise NotBuilt("nested tables of a hypervisor that is not in long mode")
+        return self.registers(l2) | self.registers(tables) << 32
 
     def prepare_slot(self, slot: int, gpa: int, size: int, flags: int = 0, *, host_level: int = 1, hva_offset: int = 0) -> int:
         """Row of a memslot for a SLOT_CREATE event.
@@ -364,6 +390,7 @@ class Machine:
             pcids=any(cpu.cr4 & int(CR4.PCIDE) for cpu in self._cpus),
             vcpus=self.vcpus,
             registers=len(self._cpus),
+            nested=self.kvm.nested,
         )
 
     def _follow_slots(self) -> None:

@@ -118,8 +118,10 @@ class VmWord(IntEnum):
     FAST_PAGE_FAULT = 70  # the path without the mmu lock; else every fault takes it
     LOCK_TIMED = 71  # count the cycles for which the mmu lock is waited for and held
     THREADS = 72  # vCPUs run at the same time: whoever must know that they have left the guest waits for it
-    VECTOR_LENGTH = 73  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
-    VECTOR_TABLE = 74  # the pages,
+    NEXT_RIP = 73  # the processor says where the next instruction is: KVM steps over VMRUN without emulating it
+    SHADOW_ROOTS = 74  # there are shadow pages beside the TDP MMU's tables: a nested guest has run
+    VECTOR_LENGTH = 75  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
+    VECTOR_TABLE = 76  # the pages,
     VECTOR_INDEX = VECTOR_TABLE + 16  # and which entry of the page above points to each;
     STACK_TABLE = VECTOR_INDEX + 16  # by level, the page that the walk is in,
     STACK_INDEX = STACK_TABLE + 6  # the entry that it looks at next,
@@ -220,7 +222,12 @@ class VcpuWord(IntEnum):
     LEAF_BITS = 27  # under shadow paging, by fault kind: what a leaf must hold for the processor to use it without more ado,
     LEAF_MASK = 43  # among these bits
     LEAF_TABLE = 59  # a guess, by 2 MiB region of gvas, at the table that its leaves stand in: only what to prefetch comes from it
-    PML_LOG = LEAF_TABLE + 256  # gfns that page-modification logging noted
+    NESTED = LEAF_TABLE + 256  # 1 in the words that belong to a nested guest
+    IN_NESTED = NESTED + 1  # the nested guest runs
+    REGISTERS = NESTED + 2  # row of the register table that was loaded last,
+    KEPT_CR3 = NESTED + 3  # and CR3 while the nested guest runs
+    VMCB = NESTED + 4  # gpa of the block that describes the nested guest
+    PML_LOG = NESTED + 5  # gfns that page-modification logging noted
 
 
 PREVIOUS_ROOTS = 3
@@ -267,6 +274,7 @@ class LogKind(IntEnum):
     EXIT = 4  # a fault that exits to KVM; address, value: error code
     ACCESSED = 5  # address: gva, value: gpa
     GENERAL_PROTECTION = 6  # delivered to the guest; address: the value that CR3 did not take
+    NESTED_EXIT = 7  # a fault of a nested guest that its hypervisor sees; address: the nested gpa, value: error code
 
 
 LOG = np.dtype([
@@ -314,6 +322,7 @@ class Status(IntEnum):
     EXIT = 2  # a fault for KVM
     EMULATED = 3  # done by KVM's emulator
     STOP = 4  # it cannot be done; VmWord.STOP says why
+    REFLECTED = 5  # a nested guest's access ended in its hypervisor
 
 
 class Touch(NamedTuple):
@@ -358,14 +367,26 @@ class RegisterTable(NamedTuple):
     raw: np.ndarray  # uint64[rows, 3]: CR0, CR4, EFER
 
 
+class Words(NamedTuple):
+    """Words of a guest: a tuple, which a kernel's parts may return, where they may not return an array."""
+
+    own: np.ndarray  # uint64[VCPU_WORDS]
+
+
 class VcpuState(NamedTuple):
-    """One virtual processor; with one more leading axis, all of them."""
+    """One virtual processor; with one more leading axis, all of them.
+
+    Where guests may have guests of their own (L1 runs L2), it has two sets of words, one for each: `own` are those of the guest
+    that runs. `mmu` are the registers of whichever guest runs, `nested` what KVM makes of the tables that L1 gave L2.
+    """
 
     mmu: MmuState
     trail: np.ndarray  # uint64[TRAIL_LENGTH]
     own: np.ndarray  # uint64[VCPU_WORDS]
     tlb: np.ndarray  # uint64[sets + 1, 1 + 2 * ways rounded up to fours], see tlb.py
     stat: np.ndarray  # int64[STAT_WORDS], by Counter: a gauge that one vCPU raises another may lower
+    nested: MmuState | None  # None: no nested guests
+    other: Words | None  # those of the guest that does not run
 
 
 CACHE_LINE_WORDS = 8

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastmmu.bits import PFERR
 from fastmmu.checks import WORD
-from fastmmu.events import EventList, Op
+from fastmmu.events import EVENT, EventList, Op
 
 R, W, X, USER = 0, int(PFERR.W), int(PFERR.F), int(PFERR.U)
 IDT_PAGE_FAULT, GDT_CODE, GDT_STACK, TSS = 0x20E0, 0x1008, 0x1010, 0x3004
@@ -20,15 +20,22 @@ KERNEL_STACK = 0xA000  # top of the stack on which a fault from CPL 3 is deliver
 
 @dataclass(frozen=True)
 class Program:
-    """A guest step as events, with the events that deliver and handle a #PF; `op_of[i]` is the op that event i belongs to."""
+    """A guest step as events, with the events that deliver and handle a #PF; `op_of[i]` is the op that event i belongs to.
+
+    The events of a nested guest stand where its hypervisor's VMRUN does, from index `inside.start` up to `inside.stop`; there
+    `op_of` counts the ops of the nested guest, whose own handler is `nested_handler`.
+    """
 
     events: np.ndarray
     op_of: np.ndarray
     handler: np.ndarray
+    inside: range
+    nested_handler: np.ndarray
 
-    def after_op(self, op: int) -> int:
-        """Index of the first event of the op behind `op`."""
-        return int(np.searchsorted(self.op_of, op, side="right"))
+    def after_op(self, event: int) -> int:
+        """Index of the first event of the op behind that of an event."""
+        same = self.op_of[event:] == self.op_of[event]
+        return event + (len(same) if same.all() else int(np.argmin(same)))
 
 
 class Writer:
@@ -88,6 +95,16 @@ class Writer:
         self.touch(target, X)
         self.touch(self.stack - 8, R)
 
+    def vmrun(self, number: int, vmcb: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rule 4: the events before the nested guest's, and those after them."""
+        self.events = EventList()
+        self.fetch_command(number)
+        self.touch(self.stack - 8, W)
+        self.events.add(Op.VMRUN, address=vmcb, value=rows)
+        before, self.events = self.events.array(), EventList()
+        self.touch(self.stack - 8, R)
+        return before, self.events.array()
+
     def op(self, number: int, op: list[Any]) -> np.ndarray:
         """One op, as events."""
         name, gva, *rest = op
@@ -115,11 +132,11 @@ class Writer:
             self.touch(self.commands + 64 * number + 32, W)
         return self.events.array()
 
-    def end(self, number: int) -> np.ndarray:
-        """Rule 5: one more command, then OUT to user space."""
+    def end(self, number: int, leaves: Op = Op.EXIT) -> np.ndarray:
+        """Rule 5: one more command, then OUT to user space, or VMMCALL to the hypervisor."""
         self.events = EventList()
         self.fetch_command(number)
-        self.events.add(Op.EXIT)
+        self.events.add(leaves)
         return self.events.array()
 
     def handler(self) -> np.ndarray:
@@ -137,14 +154,39 @@ class Writer:
         return self.events.array()
 
 
-def write_program(step: dict[str, Any], interpreter: dict[str, int], rows: dict[int, int]) -> Program:
+@dataclass(frozen=True)
+class Nested:
+    """A nested guest's part of a step: its registers and ops as those of a step, and the rows for its VMRUN and its CR0 ops."""
+
+    step: dict[str, Any]
+    vmrun: int
+    rows: dict[int, int]
+
+
+def write_program(
+    step: dict[str, Any], interpreter: dict[str, int], rows: dict[int, int], nested: Nested | None = None
+) -> Program:
     """The events of a guest step; `rows` gives, by op number, the machine's register row that a CR0 op loads.
 
     Raises:
         ValueError: an access beyond 2^64.
     """
     writer = Writer(step, interpreter, rows)
-    parts = [writer.op(number, op) for number, op in enumerate(step["ops"])]
-    parts.append(writer.end(len(parts)))
-    op_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return Program(np.concatenate(parts), op_of, writer.handler())
+    parts: list[tuple[int, np.ndarray]] = []
+    inside, handler = range(0), np.zeros(0, EVENT)
+    for number, op in enumerate(step["ops"]):
+        if op[0] != "VMRUN" or nested is None:
+            parts.append((number, writer.op(number, op)))
+            continue
+        within = Writer(nested.step, interpreter, nested.rows)
+        ops = nested.step["ops"]
+        their = [within.op(i, one) for i, one in enumerate(ops)] + [within.end(len(ops), Op.VMEXIT)]
+        before, after = writer.vmrun(number, op[1], nested.vmrun)
+        parts.append((number, before))
+        start = sum(len(part) for _, part in parts)
+        parts += list(enumerate(their))
+        inside, handler = range(start, start + sum(map(len, their))), within.handler()
+        parts.append((number, after))
+    parts.append((len(step["ops"]), writer.end(len(step["ops"]))))
+    op_of = np.repeat([number for number, _ in parts], [len(part) for _, part in parts])
+    return Program(np.concatenate([part for _, part in parts]), op_of, writer.handler(), inside, handler)

@@ -19,6 +19,7 @@ from fastmmu.memslot import set_bit
 from fastmmu.pool import DIRECT, NONE, TABLE_SIZE, count_leaf, count_protected, flush_remote
 from fastmmu.spte import INDEX_BITS, age_leaf, is_accessed, is_dirty, is_writable, pages_at
 from fastmmu.state import NO_SLOT
+from fastmmu.tdp import clear_bits
 
 MANY = bit(63)
 REST, LENGTH, FIRST, DESC_WORDS = np.uint64(0), np.uint64(1), np.uint64(2), np.uint64(16)
@@ -262,14 +263,21 @@ def age_list(vm, at):
 
 
 @inner
+def has_rmaps(word):
+    """Whether sptes are found by reverse map: those of shadow pages, also where the TDP MMU has others."""
+    return word[VmWord.TDP_MMU] == ZERO or word[VmWord.SHADOW_ROOTS] != ZERO
+
+
+@inner
 def write_protect(vm, stat, slot, gfn):
     """Make every leaf over `gfn` read-only because a guest's table lies there: MMU_WRITABLE goes too (facts 6.4).
 
     Whether that is a reason to flush.
     """
-    flushes = False
+    bits = NPT_SPTE.W | vm.word[VmWord.MMU_WRITABLE]
+    flushes = vm.word[VmWord.TDP_MMU] != ZERO and clear_bits(vm, stat, gfn, gfn + ONE, ONE, bits)
     level = ONE
     while level <= MAX_HUGE_LEVEL:
-        flushes |= clear_rmap_bits(vm, stat, slot, gfn, level, NPT_SPTE.W | vm.word[VmWord.MMU_WRITABLE])
+        flushes |= clear_rmap_bits(vm, stat, slot, gfn, level, bits)
         level += ONE
     return flushes

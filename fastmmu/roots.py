@@ -31,7 +31,8 @@ from fastmmu.sync import forget_mmio, sync_children
 from fastmmu.tdp import get_root
 from fastmmu.tdp import put_root as put_tdp_root
 from fastmmu.tlb import flush
-from fastmmu.walk import MODE_NONE, MODE_PAE, MODE_TWO_LEVEL, mode_of
+from fastmmu.views import is_nesting, is_shadow_paging, is_tdp_mmu, kvm_view, turned
+from fastmmu.walk import MODE_PAE, MODE_TWO_LEVEL, mode_of
 
 TLB_FLUSH, FREE_OBSOLETE_ROOTS, LOAD_ROOT, FLUSH_CURRENT, MMU_SYNC, FLUSH_GUEST = (np.uint64(one) for one in Request)
 PAE_ROOTS = 4
@@ -53,12 +54,6 @@ def stop(vm, reason, address, code):
     vm.word[VmWord.STOP_ADDRESS], vm.word[VmWord.STOP_CODE] = address, code
 
 
-@inner
-def is_shadow_paging(vm, vcpu):
-    """Whether the guest's tables are shadowed: it pages, without two-dimensional paging."""
-    return vm.word[VmWord.TDP] == ZERO and vcpu.mmu.reg[Reg.MODE] != MODE_NONE
-
-
 # --- loading ---------------------------------------------------------------------------------------------------------------
 
 
@@ -66,7 +61,7 @@ def is_shadow_paging(vm, vcpu):
 def load_root(vm, vcpu):
     """Find or make the root that the processor walks, and flush what its TLB has for another one. False when that is the end."""
     own = vcpu.own
-    if vm.word[VmWord.TDP_MMU] != ZERO:
+    if is_tdp_mmu(vm, vcpu):
         root = get_root(vm)
     elif is_shadow_paging(vm, vcpu) and not has_tables(vm, vcpu):
         stop(vm, Stop.TRIPLE_FAULT, vcpu.mmu.reg[Reg.CR3], ZERO)
@@ -165,7 +160,7 @@ def drop_current(vm, vcpu):
     own[VcpuWord.ROOT] = NO_TABLE
     if root == NO_TABLE:
         return
-    if vm.word[VmWord.TDP_MMU] != ZERO:
+    if is_tdp_mmu(vm, vcpu):
         put_tdp_root(vm, vcpu.stat, root)
     elif root != FOUR_ROOTS:
         put_root(vm, vcpu.stat, root)
@@ -195,7 +190,15 @@ def drop_previous(vm, vcpu, i):
 
 @inner
 def unload_roots(vm, vcpu):
-    """Let go of all roots; the MMIO info cache forgets its gva (facts 4.5)."""
+    """Let go of all roots, of both guests; the MMIO info cache forgets its gva (facts 4.5)."""
+    unload_own(vm, vcpu)
+    if is_nesting(vcpu.nested):
+        unload_own(vm, turned(vcpu.nested, vcpu))
+
+
+@inner
+def unload_own(vm, vcpu):
+    """The same of the guest that runs."""
     for i in range(KEPT):
         drop_previous(vm, vcpu, i)
     drop_current(vm, vcpu)
@@ -203,9 +206,17 @@ def unload_roots(vm, vcpu):
     forget_mmio(vcpu)
 
 
-@inner(inline=True)
+@inner
 def free_obsolete_roots(vm, vcpu):
-    """Let go of roots that were zapped; PAE roots always (facts 5.14)."""
+    """Let go of roots that were zapped, of both guests; PAE roots always (facts 5.14)."""
+    free_obsolete_own(vm, vcpu)
+    if is_nesting(vcpu.nested):
+        free_obsolete_own(vm, turned(vcpu.nested, vcpu))
+
+
+@inner
+def free_obsolete_own(vm, vcpu):
+    """The same of the guest that runs."""
     for i in range(KEPT):
         kept = vcpu.own[PREVIOUS + i]
         if kept != NO_TABLE and is_obsolete(vm, kept):
@@ -399,7 +410,7 @@ def serve_and_enter(vm, vcpu):
         if not is_asked(vm, vcpu):
             return True
         store(vm.word, request_word(vcpu) + ONE, IN_KVM)
-        if not serve(vm, vcpu):
+        if not serve(vm, kvm_view(vcpu.nested, vcpu)):
             return False
 
 

@@ -20,6 +20,7 @@ from fastmmu.spte import entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.state import NO_SLOT, Reg
 from fastmmu.sync import invalidate_current, sync_children
 from fastmmu.tlb import invalidate
+from fastmmu.views import is_nested
 from fastmmu.walk import ALL_ONES, WRITTEN, access_of, mode_of, read_entry, table_index, walk_exact
 
 OPEN = Outcome.INVALID
@@ -214,11 +215,13 @@ def fetch(vm, vcpu, number, gva, walk, access, limit):
 
 @inner
 def inject(vm, vcpu, gva, pferr):
-    """KVM gives the guest a #PF (facts 1.9). Where rights were missing, what the processor and unsync pages have of the address
-    goes, as a processor drops it."""
-    count(vcpu.stat, Counter.PF_GUEST)
+    """KVM gives the guest a #PF (facts 1.9), or a nested guest's hypervisor the exit that it causes. Where rights were missing,
+    what the processor and unsync pages have of the address goes, as a processor drops it."""
+    nested = is_nested(vcpu.nested, vcpu.own)
+    if not nested:
+        count(vcpu.stat, Counter.PF_GUEST)
     vcpu.own[VcpuWord.INJECTED] = pferr
-    if vm.word[VmWord.TDP] == ZERO and pferr & (PFERR.P | PFERR.RSVD) == PFERR.P:
+    if (nested or vm.word[VmWord.TDP] == ZERO) and pferr & (PFERR.P | PFERR.RSVD) == PFERR.P:
         invalidate(vcpu.tlb, gva)
         if vcpu.own[VcpuWord.ROOT] != NO_TABLE:
             invalidate_current(vm, vcpu, gva)

@@ -18,7 +18,6 @@ from fastmmu import dirty_log
 from fastmmu._jit import kernel, load, store
 from fastmmu.bits import GPTE64, ONE, PAGE_SHIFT, PAGE_SIZE, PFERR, WORD_SHIFT, ZERO
 from fastmmu.checks import checked_int
-from fastmmu.drive import vcpu_of
 from fastmmu.events import EventList, Op
 from fastmmu.exits import IN_KVM, request_word
 from fastmmu.guest import access_bytes
@@ -31,6 +30,7 @@ from fastmmu.paging import Mode
 from fastmmu.pool import reclaim
 from fastmmu.roots import enter
 from fastmmu.tlb import lookup
+from fastmmu.views import vcpu_of
 
 CHUNK = 16_384  # writes between two looks at whether another thread has failed
 

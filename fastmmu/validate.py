@@ -15,9 +15,9 @@ from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine, MachineError, NotBuilt
 from fastmmu.machine_state import KVM_COUNTERS, PER_VCPU, LogKind, Request, SlotFlag, Stop, VmWord
 from fastmmu.paging import Cpu
-from fastmmu.program import Program, write_program
+from fastmmu.program import Nested, Program, write_program
 from fastmmu.trace.npz import TraceError
-from fastmmu.trace.scenario import TABLE_AREAS, Scenario
+from fastmmu.trace.scenario import GUESTS, TABLE_AREAS, Scenario
 
 SMALLEST_MEMORY = 0x800000
 NOT_EXACT = {"slot": {"remote_tlb_flush_requests"}, "set_nr_mmu_pages": {"remote_tlb_flush_requests"}}
@@ -27,6 +27,7 @@ PARAMETER_ON = (True, 1, "Y", "y", "1", "force", "on")
 PARAMETER_OFF = (False, 0, "N", "n", "0", "off", "auto")  # auto: no processor of AMD needs NX huge pages
 WITHOUT_EFFECT = ("tdp_mmu", "nx_huge_pages_recovery_ratio", "nx_huge_pages_recovery_period_ms")
 """Parameters that a running VM with a direct map does not look at; neither does KVM take nx_huge_pages=never while there is one."""
+NESTED_PAGE_FAULT, VMMCALL_EXIT = 0x400, (0x81, 0, 0)  # exit codes of a nested guest, as its hypervisor finds them
 NAMES = [counter.name.lower() for counter in KVM_COUNTERS]
 
 
@@ -61,8 +62,10 @@ class Seen:
     """What a step came to, besides counters."""
 
     mmio: list[tuple[str, int, int, int]] = field(default_factory=list)
-    guest_pf: list[tuple[int, int, int, int]] = field(default_factory=list)  # op, error code, CR2, CPL
-    results: dict[int, int | None] = field(default_factory=dict)
+    guest_pf: list[tuple[int, int, int, int, bool]] = field(default_factory=list)  # op, error code, CR2, CPL, of a nested guest
+    results: dict[int, int | None] = field(default_factory=dict)  # by op
+    nested_results: dict[int, int | None] = field(default_factory=dict)
+    vmexit: tuple[int, int, int] = VMMCALL_EXIT
     faults: list[tuple[int, int]] = field(default_factory=list)  # address, error code of each fault that exits
 
 
@@ -75,9 +78,6 @@ class Replay:
         Raises:
             NotBuilt: the scenario needs what is not modelled yet.
         """
-        for step in scenario.steps:
-            if step["do"] == "nested_guest":
-                raise NotBuilt("nested paging")
         self.scenario = scenario
         self.kvm = kvm or kvm_of(scenario)
         slots = [step for step in scenario.steps if step["do"] == "slot"]
@@ -105,7 +105,7 @@ class Replay:
     def run_step(self, step: dict[str, Any]) -> Seen:
         """Do one step."""
         kind = step["do"]
-        if kind == "guest":
+        if kind in GUESTS:
             self.start()
             return self.run_guest(step)
         getattr(self, f"do_{kind}")(step)
@@ -219,7 +219,7 @@ class Replay:
         for number, op in enumerate(step["ops"]):
             if op[0] == "CR0":
                 rows[number] = machine.registers(self.cpu_of(self.registers.get(step["vcpu"], self.scenario.cpu), cr0=op[1]))
-        program = write_program(step, self.scenario.interpreter, rows)
+        program = write_program(step, self.scenario.interpreter, rows, self.nested_part(step))
         supply = [data for kind, _, _, data in step.get("expect", {}).get("mmio", []) if kind == "R"]
         first, handled = 0, False
         while True:
@@ -228,15 +228,29 @@ class Replay:
             supply = supply[reads:]
             if run.stop != Stop.GUEST_FAULT:
                 break
-            op = int(program.op_of[run.stopped])
-            seen.guest_pf.append((op, run.code, run.address, step["cpl"]))
-            self.read_log(machine.run(program.handler, checked=handled).log, program, seen)
+            op, nested = int(program.op_of[run.stopped]), run.stopped in program.inside
+            seen.guest_pf.append((op, run.code, run.address, step["l2"]["cpl"] if nested else step["cpl"], nested))
+            handler = program.nested_handler if nested else program.handler
+            self.read_log(machine.run(handler, checked=handled).log, program, seen)
             handled = True
-            first = program.after_op(op)
-        for number, op in enumerate(step["ops"]):
-            if op[0] in ("R8", "R4", "CMPX"):
-                seen.results.setdefault(number, None)
+            first = program.after_op(run.stopped)
+        for results, ops in ((seen.results, step["ops"]), (seen.nested_results, step.get("l2ops", []))):
+            for number, op in enumerate(ops):
+                if op[0] in ("R8", "R4", "CMPX"):
+                    results.setdefault(number, None)
         return seen
+
+    def nested_part(self, step: dict[str, Any]) -> Nested | None:
+        """The part of a step that a nested guest executes."""
+        if "l2" not in step:
+            return None
+        l1, l2 = self.cpu_of(self.registers.get(step["vcpu"], self.scenario.cpu)), step["l2"]
+        rows = {}
+        for number, op in enumerate(step["l2ops"]):
+            if op[0] == "CR0":
+                rows[number] = self.machine.registers(self.cpu_of(l2, cr0=op[1]))
+        vmrun = self.machine.prepare_vmrun(l1, self.cpu_of(l2), l2["ncr3"])
+        return Nested({"cpl": l2["cpl"], "regs": l2["regs"], "ops": step["l2ops"]}, vmrun, rows)
 
     def read_log(self, log: np.ndarray, program: Program, seen: Seen) -> int:
         """Take over what the log tells; how many device reads there were."""
@@ -247,8 +261,11 @@ class Replay:
                 seen.mmio.append(("R" if kind == LogKind.MMIO_READ else "W", address, size, value))
             elif kind == LogKind.EXIT:
                 seen.faults.append((address, value))
+            elif kind == LogKind.NESTED_EXIT:
+                seen.vmexit = (NESTED_PAGE_FAULT, value, address)
             elif kind == LogKind.LOADED:
-                seen.results[int(program.op_of[event])] = value
+                results = seen.nested_results if event in program.inside else seen.results
+                results[int(program.op_of[event])] = value
         return reads
 
 
@@ -263,6 +280,8 @@ def kvm_of(scenario: Scenario) -> Kvm:
         mmio_caching=config["mmio_caching"],
         host_maxphyaddr=cpuid["host_maxphyaddr"],
         tlb_flushed_on_exit=True,
+        nested=any(step["do"] == "nested_guest" for step in scenario.steps),
+        next_rip=bool(cpuid.get("svm_nrips", False)),
         accessed_while_walking=True,
         reserved_without_present=True,
     )
@@ -292,7 +311,7 @@ def validate(scenario: Scenario, *, audited: bool = False) -> Validation:
     for number, step in enumerate(scenario.steps):
         before, tables = machine.counters(), []
         try:
-            if step["do"] == "guest":
+            if step["do"] in GUESTS:
                 replay.start()
                 tables = table_words(machine.memory.words)
             seen = replay.run_step(step)
@@ -336,7 +355,7 @@ def compare_step(
         compare_bitmaps(outcome, number, pages, machine.report(step["slot"]))
     if "count" in expect:
         outcome.check(number, "dirty pages (count)", expect["count"], int(machine.report(step["slot"]).sum()))
-    if step["do"] == "guest":
+    if step["do"] in GUESTS:
         compare_guest(outcome, number, step, seen)
         compare_tables(outcome, number, expect, machine.memory.words, tables)
 
@@ -363,13 +382,20 @@ def compare_guest(outcome: Validation, number: int, step: dict[str, Any], seen: 
     if "guest_pf" in expect:
         outcome.check(number, "guest #PFs", len(expect["guest_pf"]), len(seen.guest_pf))
         for i, (theirs, ours) in enumerate(zip(expect["guest_pf"], seen.guest_pf, strict=False)):
-            values = (theirs["op"], theirs["err"], theirs["cr2"], theirs["cpl"])
+            values = (theirs["op"], theirs["err"], theirs["cr2"], theirs["cpl"], theirs.get("l2", False))
             outcome.check(number, f"guest #PF {i}", fault_text(values), fault_text(ours))
-    for op, ours in seen.results.items():
-        kvm_result = step["ops"][op][-1] if step["ops"][op][0] in ("R8", "R4", "CMPX") else ours
-        outcome.check(
-            number, f"op {op}", kvm_result if kvm_result is None else hex(kvm_result), ours if ours is None else hex(ours)
-        )
+    if "vmexit" in expect:
+        kvm_exit = tuple(expect["vmexit"][name] for name in ("code", "info1", "info2"))
+        outcome.check(number, "nested exit", exit_text(kvm_exit), exit_text(seen.vmexit))
+    compare_results(outcome, number, "op", step["ops"], seen.results)
+    compare_results(outcome, number, "nested op", step.get("l2ops", []), seen.nested_results)
+
+
+def compare_results(outcome: Validation, number: int, what: str, ops: list[list[Any]], results: dict[int, int | None]) -> None:
+    """What ops loaded."""
+    for op, ours in results.items():
+        theirs = ops[op][-1] if ops[op][0] in ("R8", "R4", "CMPX") else ours
+        outcome.check(number, f"{what} {op}", *(value if value is None else hex(value) for value in (theirs, ours)))
 
 
 def record_text(record: tuple[str, int, int, int]) -> str:
@@ -378,10 +404,15 @@ def record_text(record: tuple[str, int, int, int]) -> str:
     return f"{kind} {gpa:#x} {size} {data & ((1 << 8 * size) - 1):#x}"
 
 
-def fault_text(fault: tuple[int, int, int, int]) -> str:
+def exit_text(exits: tuple[int, int, int]) -> str:
+    """A nested exit in words."""
+    return "code {:#x} info {:#x} {:#x}".format(*exits)
+
+
+def fault_text(fault: tuple[int, int, int, int, bool]) -> str:
     """A guest #PF in words."""
-    op, code, address, cpl = fault
-    return f"op {op} code {code:#x} cr2 {address:#x} cpl {cpl}"
+    op, code, address, cpl, nested = fault
+    return f"{'nested ' * nested}op {op} code {code:#x} cr2 {address:#x} cpl {cpl}"
 
 
 def compare_tables(outcome: Validation, number: int, expect: dict[str, Any], words: np.ndarray, before: list[np.ndarray]) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 from fastmmu import dirty_log
 from fastmmu._jit import store
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, NPT_SPTE, PAGE_SHIFT, PAGE_SIZE, PFERR
-from fastmmu.drive import vcpu_of
 from fastmmu.events import EventList, Op
 from fastmmu.fault import page_fault
 from fastmmu.guest import store_unseen
@@ -30,6 +29,7 @@ from fastmmu.spte import lowest
 from fastmmu.tdp import split_huge_page
 from fastmmu.threads import collect_pages, write_pages
 from fastmmu.tlb import DIRTY, flush, lookup
+from fastmmu.views import vcpu_of
 from fastmmu.walk import walk_exact
 
 OFF = Cpu(cr0=int(CR0.PE), cr3=0, cr4=0, efer=0)

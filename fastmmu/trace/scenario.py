@@ -189,7 +189,7 @@ OPS: dict[str, Convert] = {
     "INVLPG": row(text, address),
     "CR3": row(text, address),
     "CR0": row(text, address),
-    "VMRUN": anything,
+    "VMRUN": row(text, address, address),
 }
 
 
@@ -201,9 +201,11 @@ def operation(value: Any, where: str) -> list[Any]:
 
 
 REGS = fields({"rip": address, "rsp": address}, {"commands": address})
+L2 = fields({**dict.fromkeys(("vmcb", "ncr3", "cr0", "cr3", "cr4", "efer"), address), "cpl": one_of(0, 3), "regs": REGS})
+VMEXIT = fields({"code": address, "info1": address, "info2": address})
 GUEST = {"vcpu": count, "cpl": one_of(0, 3), "cr0": address, "cr3": address, "regs": REGS, "ops": listed(operation)}
 COUNTED = {"delta": counters, "abs": counters}
-GUEST_PF = listed(fields({"op": count, "err": address, "cr2": address, "cpl": count}, {"rip": address, "l2": anything}))
+GUEST_PF = listed(fields({"op": count, "err": address, "cr2": address, "cpl": count}, {"rip": address, "l2": flag}))
 GUEST_EXPECT = {
     "mmio": listed(row(one_of("R", "W"), address, one_of(*range(1, 9)), address)),
     "guest_pf": GUEST_PF,
@@ -213,6 +215,7 @@ HOST = fields({"page": one_of("4K", "2M", "1G")}, {"how": text, "hva_minus_gpa_m
 SLOT_FLAGS = listed(one_of("KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_READONLY"))
 SLOT = {"change": one_of("create", "flags", "delete"), "slot": count, "gpa": address, "size": address, "flags": SLOT_FLAGS}
 
+GUESTS = ("guest", "nested_guest")
 STEPS: dict[str, tuple[dict[str, Convert], dict[str, Convert], dict[str, Convert]]] = {
     # step: (fields, optional fields, members of `expect`)
     "slot": (SLOT, {"host": HOST}, {"nr_mmu_pages": count}),
@@ -227,7 +230,7 @@ STEPS: dict[str, tuple[dict[str, Convert], dict[str, Convert], dict[str, Convert
     "dirty_clear": ({"slot": count, "first": count, "pages": count, "bitmap": bitmap}, {}, {}),
     "host_read": ({"gpa": address}, {}, {"value": address}),
     "guest": (GUEST, {}, GUEST_EXPECT),
-    "nested_guest": ({**GUEST, "l2": anything, "l2ops": anything}, {}, {**GUEST_EXPECT, "vmexit": anything}),
+    "nested_guest": ({**GUEST, "l2": L2, "l2ops": listed(operation)}, {}, {**GUEST_EXPECT, "vmexit": VMEXIT}),
 }
 
 
@@ -287,7 +290,8 @@ def load_scenario(path: str | Path) -> Scenario:
         checked = DOCUMENT(document, "")
         for i, one in enumerate(checked["steps"]):
             check_step(one, f"steps[{i}]")
-        loops = sum(op[3] for one in checked["steps"] for op in one.get("ops", []) if op[0].startswith("LOOP"))
+        ops = [op for one in checked["steps"] for op in (*one.get("ops", ()), *one.get("l2ops", ()))]
+        loops = sum(op[3] for op in ops if op[0].startswith("LOOP"))
         if loops > LONGEST_LOOPS:
             raise Wrong("steps", f"{loops:,} iterations of loops", f"at most {LONGEST_LOOPS:,} in a file")
         for run in checked["memory"]:
@@ -305,6 +309,15 @@ def check_run(run: dict[str, int], where: str) -> None:
     last = run["gpa"] + max(run["count"] - 1, 0) * stride
     if run["gpa"] % 8 or stride % 8 or last >= PHYSICAL_LIMIT or (run["count"] > 1 and not stride) or run["count"] > LONGEST_RUN:
         raise Wrong(where, run, f"up to {LONGEST_RUN:,} aligned words below 2^52")
+
+
+def check_l2(l2: dict[str, Any], ops: list[list[Any]], where: str) -> None:
+    """A nested guest pages, and runs none itself."""
+    if not l2["cr0"] & int(CR0.PG) or "commands" not in l2["regs"]:
+        raise Wrong(where, hex(l2["cr0"]), "a nested guest that pages, with commands")
+    for op in ops:
+        if op[0] == "VMRUN":
+            raise Wrong(f"{where}ops", op[0], "no VMRUN of a nested guest")
 
 
 def check_step(one: dict[str, Any], where: str) -> None:
@@ -325,7 +338,7 @@ def check_step(one: dict[str, Any], where: str) -> None:
         raise Wrong(f"{where}.expect.bitmap", f"{len(one['expect']['bitmap'])} bytes", f"one bit for each of {one['pages']} pages")
     elif kind == "set_nr_mmu_pages" and one["n"] < SMALLEST_LIMIT:
         raise Wrong(f"{where}.n", one["n"], f"at least {SMALLEST_LIMIT}: KVM refuses less")
-    elif kind == "guest":
+    elif kind in GUESTS:
         for run in one.get("expect", {}).get("table_words", []):
             check_run(run, f"{where}.expect.table_words")
             last = run["gpa"] + max(run["count"] - 1, 0) * run.get("stride", 8)
@@ -335,3 +348,8 @@ def check_step(one: dict[str, Any], where: str) -> None:
             raise Wrong(f"{where}.regs", sorted(one["regs"]), "commands exactly where the guest pages")
         if "commands" not in one["regs"] and any(op[0] not in ("LOOPR", "LOOPW") for op in one["ops"]):
             raise Wrong(f"{where}.ops", [op[0] for op in one["ops"]], "LOOPR and LOOPW alone without paging")
+        runs = [op[0] for op in one["ops"]].count("VMRUN")
+        if runs != (kind == "nested_guest"):
+            raise Wrong(f"{where}.ops", f"{runs} VMRUN", "one in a nested_guest step, else none")
+        if kind == "nested_guest":
+            check_l2(one["l2"], one["l2ops"], f"{where}.l2")
