@@ -2,6 +2,7 @@
 
 from fastmmu.audit import audit
 from fastmmu.audit_state import AuditError
+from fastmmu.ept import EptCaps, EptpError, EptTranslation, OutsideMemory, translate_ept
 from fastmmu.events import EventList, Op
 from fastmmu.explain import explain
 from fastmmu.kvm import Kvm
@@ -30,6 +31,9 @@ __all__ = [
     "WRITE",
     "AuditError",
     "Cpu",
+    "EptCaps",
+    "EptTranslation",
+    "EptpError",
     "EventList",
     "GeneralProtection",
     "GuestMemory",
@@ -39,6 +43,7 @@ __all__ = [
     "MachineError",
     "NotBuilt",
     "Op",
+    "OutsideMemory",
     "ReplayError",
     "SlotFlag",
     "Stop",
@@ -51,6 +56,7 @@ __all__ = [
     "explain",
     "load_replay",
     "translate",
+    "translate_ept",
     "translate_many",
 ]
 __version__ = "0.1.0"

@@ -154,6 +154,45 @@ class Role(NamedTuple):
     GUEST_MODE: np.uint64 = bit(17)  # of a nested guest
 
 
+class Eptp(NamedTuple):
+    """The EPT pointer, the VM-execution control that names an EPT's top table (SDM volume 3, table 25-9)."""
+
+    TYPE: np.uint64 = field(2, 0)  # memory type for accesses to the tables
+    LENGTH: np.uint64 = field(5, 3)  # levels of tables, less one
+    AD: np.uint64 = bit(6)  # accessed and dirty flags are kept
+    ADDR: np.uint64 = field(51, 12)
+
+
+class Ept(NamedTuple):
+    """An entry of an EPT table, as the processor reads it (SDM volume 3, tables 29-1 to 29-7). KVM's own bits: `EptSpte`."""
+
+    R: np.uint64 = bit(0)
+    W: np.uint64 = bit(1)
+    X: np.uint64 = bit(2)  # under mode-based execute: for supervisor-mode linear addresses
+    TYPE: np.uint64 = field(5, 3)
+    IGNORE_PAT: np.uint64 = bit(6)
+    PS: np.uint64 = bit(7)
+    A: np.uint64 = bit(8)
+    D: np.uint64 = bit(9)
+    USER_X: np.uint64 = bit(10)  # under mode-based execute: for user-mode linear addresses
+    ADDR: np.uint64 = field(51, 12)
+
+
+class Qualification(NamedTuple):
+    """Exit qualification of an EPT violation (SDM volume 3, table 28-7)."""
+
+    R: np.uint64 = bit(0)
+    W: np.uint64 = bit(1)
+    X: np.uint64 = bit(2)
+    RIGHTS: np.uint64 = field(5, 3)  # R, W, X of all entries used
+    USER_X: np.uint64 = bit(6)
+    LINEAR: np.uint64 = bit(7)  # there is a guest linear address
+    FINAL: np.uint64 = bit(8)  # the access was to its translation, not to a paging-structure entry
+    NMI: np.uint64 = bit(12)
+
+
+EPTP, EPT, QUALIFICATION = Eptp(), Ept(), Qualification()
+
 FROZEN = np.uint64(0x5A0)  # an spte of either form that is being removed: not present, and nothing else may take its place yet
 NPT_SPTE, EPT_SPTE, MMIO_SPTE, ROLE = NptSpte(), EptSpte(), MmioSpte(), Role()
 

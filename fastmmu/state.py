@@ -96,6 +96,121 @@ class Walk(NamedTuple):
     pferr: np.uint64
 
 
+class EptState(NamedTuple):
+    """What a walk of an EPT needs of the EPTP, the capabilities and the execution controls (see ept.ept_state)."""
+
+    root: np.uint64
+    levels: np.uint64
+    present: np.uint64  # any of these bits makes an entry present
+    user_x: np.uint64  # EPT.USER_X under mode-based execute, else 0
+    accessed: np.uint64  # EPT.A where the EPTP enables the flags, else 0
+    dirty: np.uint64
+    misconfigured: np.uint64  # bit n: an entry whose bits 5:0 are n is misconfigured
+    reserved: np.ndarray  # uint64[16], row 8 * (large) + level
+
+
+class Host(NamedTuple):
+    """The second dimension: an EPT, or AMD's nested tables, which are ordinary ones. The other is None."""
+
+    ept: EptState | None
+    npt: MmuState | None
+
+
+class HostWalk(NamedTuple):
+    """Answer of a walk in the second dimension, scalars. When `ok` is False: hpa 0, reason and qualification of the exit; for
+    OUTSIDE the hpa of the table."""
+
+    ok: bool
+    hpa: np.uint64
+    level: np.uint64
+    rights: np.uint64
+    reason: np.uint64
+    qualification: np.uint64
+
+
+class Exit(IntEnum):
+    """Exit reasons of a failed translation in the second dimension (SDM volume 3, appendix C; APM volume 2, appendix C)."""
+
+    NONE = 0
+    EPT_VIOLATION = 48
+    EPT_MISCONFIGURATION = 49
+    NESTED_PAGE_FAULT = 0x400
+    OUTSIDE = 1 << 16  # no exit of a processor: a table lies outside memory
+
+
+class NestedWalk(NamedTuple):
+    """Answer of a two-dimensional walk, scalars: as `Walk` for the guest's dimension, as `HostWalk` for the other."""
+
+    ok: bool
+    hpa: np.uint64
+    gpa: np.uint64
+    level: np.uint64
+    access: np.uint64
+    pferr: np.uint64
+    reason: np.uint64
+    qualification: np.uint64
+
+
+class NestedScratch(NamedTuple):
+    """Working space of one thread that walks in two dimensions, uint64[TRAIL_LENGTH] each, by level."""
+
+    entries: np.ndarray  # the guest's entries that the walk read
+    tables: np.ndarray  # hpa of the guest's tables
+    host: np.ndarray  # entries of the second dimension, as a trail
+
+
+class Checks(NamedTuple):
+    """Masked compares that tell a plain walk of one kind of access (see paging.plain_checks)."""
+
+    pointer_mask: np.uint64
+    pointer: np.uint64
+    leaf_mask: np.uint64
+    leaf: np.uint64
+
+
+class HostPlain(NamedTuple):
+    """What tells plain walks of the second dimension, as scalars that a loop keeps in registers."""
+
+    root: np.uint64
+    levels: np.uint64
+    table: Checks  # an access to the guest's paging structures
+    final: Checks  # the access to the address that the guest's tables give
+    kind: np.uint64  # of the final access: 1 read, 2 write, 3 fetch
+    reserved_2m: np.uint64
+    reserved_1g: np.uint64
+
+
+class NestedCaches(NamedTuple):
+    """What a processor may remember of two-dimensional walks. Absent parts are None.
+
+    `structures` is the paging-structure cache: which guest table, at which hpa, a part of a linear address leads to. `pages` is the
+    nested cache: the host page of a guest page, for one kind of access.
+    """
+
+    structures: np.ndarray | None  # uint64[levels of pointers, sets, len(Structure)]
+    pages: np.ndarray | None  # uint64[sets, 2]: tag, hpa
+
+
+class Structure(IntEnum):
+    """Fields of a row of the paging-structure cache."""
+
+    TAG = 0
+    TABLE = 1  # hpa of the table that it leads to
+    RIGHTS = 2  # AND of the entries on the way
+    SEEN = 3  # OR of them
+
+
+class NestedStat(IntEnum):
+    """Counters of two-dimensional walks, uint64 each."""
+
+    WALKS = 0
+    GUEST_READS = 1  # entries of the guest's tables
+    HOST_READS = 2  # entries of the second dimension's tables
+    STRUCTURE_HITS = 3  # walks that began below the top table
+    PAGE_HITS = 4  # translations of the second dimension that the nested cache answered
+    FLUSHES = 5
+
+
 class Scratch(NamedTuple):
     """Working space of one thread that translates in blocks."""
 

@@ -1,4 +1,4 @@
-"""The second statement of every layout, copied by hand: from the manual (SDM volume 3, figures 4-4 and 4-11, tables 4-20 and 29-6),
+"""The second statement of every layout, copied by hand: from the manual (SDM volume 3, figures 4-4 and 4-11, tables 4-20, 25-9, 28-7 and 29-1 to 29-7),
 those of KVM's own bits from facts 3.1 and 5.11."""
 
 from __future__ import annotations
@@ -6,7 +6,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmmu.bits import ACC, CR0, CR3, CR4, EFER, EPT_SPTE, GPTE32, GPTE64, MMIO_SPTE, NPT_SPTE, PFERR, RFLAGS, ROLE
+from fastmmu.bits import (
+    ACC,
+    CR0,
+    CR3,
+    CR4,
+    EFER,
+    EPT,
+    EPT_SPTE,
+    EPTP,
+    GPTE32,
+    GPTE64,
+    MMIO_SPTE,
+    NPT_SPTE,
+    PFERR,
+    QUALIFICATION,
+    RFLAGS,
+    ROLE,
+)
 
 LAYOUTS = {
     "gpte64": (GPTE64, {
@@ -35,6 +52,12 @@ LAYOUTS = {
         "ADDR": 0x000F_FFFF_FFFF_F000, "AD_DISABLED": 0x10_0000_0000_0000, "HOST_WRITABLE": 0x200_0000_0000_0000,
         "MMU_WRITABLE": 0x400_0000_0000_0000, "SAVED": (1 << 54) | (1 << 56), "SUPPRESS_VE": 0x8000_0000_0000_0000, "MMIO": 6, "MMIO_MASK": 0x8000_0000_0000_0007,
     }),
+    "eptp": (EPTP, {"TYPE": 7, "LENGTH": 0x38, "AD": 0x40, "ADDR": 0x000F_FFFF_FFFF_F000}),
+    "ept": (EPT, {
+        "R": 1, "W": 2, "X": 4, "TYPE": 0x38, "IGNORE_PAT": 0x40, "PS": 0x80, "A": 0x100, "D": 0x200, "USER_X": 0x400,
+        "ADDR": 0x000F_FFFF_FFFF_F000,
+    }),
+    "qualification": (QUALIFICATION, {"R": 1, "W": 2, "X": 4, "RIGHTS": 0x38, "USER_X": 0x40, "LINEAR": 0x80, "FINAL": 0x100, "NMI": 0x1000}),
     "mmio_spte": (MMIO_SPTE, {"GENERATION_LOW": 0x7F8, "GENERATION_HIGH": 0x7FF0_0000_0000_0000, "GENERATION": 0x7_FFFF}),
     "role": (ROLE, {"LEVEL": 0xF, "FOUR_BYTE_GPTE": 0x10, "QUADRANT": 0x60, "DIRECT": 0x80, "ACCESS": 0x700, "INVALID": 0x800,
                     "EFER_NX": 0x1000, "CR0_WP": 0x2000, "SMEP_ANDNOT_WP": 0x4000, "SMAP_ANDNOT_WP": 0x8000, "AD_DISABLED": 0x1_0000, "GUEST_MODE": 0x2_0000}),
@@ -48,7 +71,7 @@ def test_layout_is_the_manuals(name: str) -> None:
     assert all(type(mask) is np.uint64 for mask in layout)
 
 
-@pytest.mark.parametrize("name", ["gpte64", "pferr", "cr0", "cr4", "efer"])
+@pytest.mark.parametrize("name", ["gpte64", "pferr", "cr0", "cr4", "efer", "eptp", "ept", "qualification"])
 def test_fields_do_not_overlap(name: str) -> None:
     layout, _ = LAYOUTS[name]
     fields = layout._asdict()
