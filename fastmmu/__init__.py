@@ -22,6 +22,14 @@ from fastmmu.translate import (
     translate,
     translate_many,
 )
+from fastmmu.translate_nested import (
+    Ept,
+    NestedTranslation,
+    NestedTranslations,
+    Npt,
+    translate_nested,
+    translate_nested_many,
+)
 from fastmmu.vm import ReplayError, Vm, Workload
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "WRITE",
     "AuditError",
     "Cpu",
+    "Ept",
     "EptCaps",
     "EptTranslation",
     "EptpError",
@@ -41,7 +50,10 @@ __all__ = [
     "LogKind",
     "Machine",
     "MachineError",
+    "NestedTranslation",
+    "NestedTranslations",
     "NotBuilt",
+    "Npt",
     "Op",
     "OutsideMemory",
     "ReplayError",
@@ -58,5 +70,7 @@ __all__ = [
     "translate",
     "translate_ept",
     "translate_many",
+    "translate_nested",
+    "translate_nested_many",
 ]
 __version__ = "0.1.0"

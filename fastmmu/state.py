@@ -110,10 +110,24 @@ class EptState(NamedTuple):
 
 
 class Host(NamedTuple):
-    """The second dimension: an EPT, or AMD's nested tables, which are ordinary ones. The other is None."""
+    """The second dimension: an EPT, or AMD's nested tables, which are ordinary ones, the other None; and what tells plain walks."""
 
     ept: EptState | None
     npt: MmuState | None
+    root: np.uint64
+    levels: np.uint64
+    checks: np.ndarray  # uint64[len(HostKind), len(PlainColumn)], by kind of access
+    reserved_2m: np.uint64
+    reserved_1g: np.uint64
+
+
+class HostKind(IntEnum):
+    """Kinds of access to a guest physical address."""
+
+    TABLE = 0  # to an entry of the guest's paging structures
+    READ = 1
+    WRITE = 2
+    FETCH = 3
 
 
 class HostWalk(NamedTuple):
@@ -152,11 +166,12 @@ class NestedWalk(NamedTuple):
 
 
 class NestedScratch(NamedTuple):
-    """Working space of one thread that walks in two dimensions, uint64[TRAIL_LENGTH] each, by level."""
+    """Working space of one thread that walks in two dimensions: uint64[TRAIL_LENGTH] by level, and lanes for blocks."""
 
     entries: np.ndarray  # the guest's entries that the walk read
     tables: np.ndarray  # hpa of the guest's tables
     host: np.ndarray  # entries of the second dimension, as a trail
+    lanes: np.ndarray  # uint64[nested_batch.LANES * BLOCK]
 
 
 class Checks(NamedTuple):
@@ -169,13 +184,13 @@ class Checks(NamedTuple):
 
 
 class HostPlain(NamedTuple):
-    """What tells plain walks of the second dimension, as scalars that a loop keeps in registers."""
+    """What tells plain walks of the second dimension for one kind of access, as scalars that a loop keeps in registers."""
 
     root: np.uint64
     levels: np.uint64
     table: Checks  # an access to the guest's paging structures
     final: Checks  # the access to the address that the guest's tables give
-    kind: np.uint64  # of the final access: 1 read, 2 write, 3 fetch
+    kind: np.uint64  # of the final access, a HostKind
     reserved_2m: np.uint64
     reserved_1g: np.uint64
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmmu.state import Mmio, MmioInfo
+from fastmmu.nested_caches import make_nested_caches
+from fastmmu.state import Mmio, MmioInfo, NestedCaches
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Strategy:
 
     name: str
     summary: str
-    make_cache: Callable[[], MmioInfo | None] = lambda: None
+    make_cache: Callable[[], MmioInfo | NestedCaches | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,16 @@ ACCESS_CHECKS = Experiment(
     ),
 )
 
-EXPERIMENTS = (MMIO_CACHE, ACCESS_CHECKS)
+NESTED_CACHES = Experiment(
+    name="nested-caches",
+    question="What are the processor's own caches worth in a walk of two dimensions?",
+    source="SDM volume 3, 4.10.3 and 29.4; APM volume 2, 15.25.8",
+    strategies=(
+        Strategy("none", "every walk reads all tables of both dimensions", lambda: make_nested_caches(False, False)),
+        Strategy("structures", "walks begin at the lowest guest's table known", lambda: make_nested_caches(True, False)),
+        Strategy("pages", "pages of the second dimension are known", lambda: make_nested_caches(False, True)),
+        Strategy("both", "both", lambda: make_nested_caches(True, True)),
+    ),
+)
+
+EXPERIMENTS = (MMIO_CACHE, ACCESS_CHECKS, NESTED_CACHES)

@@ -67,7 +67,7 @@ def checked_access(access: object) -> int:
     return value
 
 
-def _column(values: object, check: Callable[[object], int], name: str) -> np.ndarray:
+def checked_column(values: object, check: Callable[[object], int], name: str) -> np.ndarray:
     """One-dimensional contiguous uint64; whatever is not an array of integers is checked element by element."""
     kind = values.dtype.kind if isinstance(values, np.ndarray) else ""
     if kind != "u" and not (kind == "i" and np.all(values >= 0)):  # type: ignore[operator]
@@ -80,12 +80,12 @@ def _column(values: object, check: Callable[[object], int], name: str) -> np.nda
     return np.ascontiguousarray(values, np.uint64)
 
 
-def _accesses(access: object, length: int) -> np.ndarray:
+def checked_accesses(access: object, length: int) -> np.ndarray:
     """uint64 of length 1 (for all) or `length`."""
     if np.ndim(access) == 0:  # type: ignore[arg-type]
         scalar = access[()] if isinstance(access, np.ndarray) else access
         return np.array([checked_access(scalar)], np.uint64)
-    column = _column(access, checked_access, "access")
+    column = checked_column(access, checked_access, "access")
     if len(column) != length:
         raise ValueError(f"access: length {len(column)}, expected {length} as of gvas")
     if length:
@@ -108,8 +108,8 @@ def translate_many(ram: GuestMemory, cpu: Cpu, gvas: object, access: object = 0)
         ValueError: bad arguments. GeneralProtection, a ValueError: CR3 cannot be loaded.
     """
     mmu = mmu_of(ram, cpu)
-    column = _column(gvas, checked_gva, "gvas")
-    accesses = _accesses(access, len(column))
+    column = checked_column(gvas, checked_gva, "gvas")
+    accesses = checked_accesses(access, len(column))
     length = len(column)
     answers = Translations(
         np.empty(length, np.bool_),

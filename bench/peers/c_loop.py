@@ -46,6 +46,14 @@ def walk_all(words: np.ndarray, size: int, cr3: int, reserved: int, access: int,
     library().walk_all(pointer(words), *numbers, pointer(gvas), ctypes.c_size_t(len(gvas)), pointer(gpas))
 
 
+def walk_nested(
+    words: np.ndarray, size: int, cr3: int, eptp: int, reserved: int, access: int, gvas: np.ndarray, hpas: np.ndarray
+) -> None:
+    """Walk all `gvas` (uint64) in two dimensions into `hpas`."""
+    numbers = (ctypes.c_uint64(value) for value in (size, cr3, eptp, reserved, access))
+    library().walk_nested(pointer(words), *numbers, pointer(gvas), ctypes.c_size_t(len(gvas)), pointer(hpas))
+
+
 def read_all(words: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
     """Read words[index] (uint64) into `values`."""
     library().read_all(pointer(words), pointer(index), ctypes.c_size_t(len(index)), pointer(values))
