@@ -213,6 +213,35 @@ def test_every_peer_of_the_walk_comes_to_the_same(peer: str) -> None:
     assert work.digest() == expected
 
 
+@compiled_only
+@pytest.mark.parametrize("peer", ["walk", "walk-many", "c", "scalar", "npt", "many"])
+def test_every_peer_of_the_nested_walk_comes_to_the_same(peer: str) -> None:
+    from bench import nested_walk
+
+    cell, context = Cell("nested-walk", "hot", peer), Context(BUNDLED_TRACE, None)
+    if reason := nested_walk.why_not(context, cell):
+        pytest.skip(reason)
+    checked = nested_walk.check(context, cell)
+    work = nested_walk.timed(context, cell)
+    work.run(1)
+    assert work.digest() == checked.expected
+
+
+@compiled_only
+def test_the_nested_caches_read_less_and_come_to_the_same() -> None:
+    from bench import nested_caches
+
+    context, reads = Context(BUNDLED_TRACE, 20_000), {}
+    for strategy in ("none", "both"):
+        cell = Cell("nested-caches", context.workload.name, strategy)
+        checked = nested_caches.check(context, cell)
+        work = nested_caches.timed(context, cell)
+        work.run(1)
+        assert work.digest() == checked.expected
+        reads[strategy] = checked.counters["guest_reads"] + checked.counters["host_reads"]
+    assert 3 * reads["both"] < reads["none"]
+
+
 def test_output_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
