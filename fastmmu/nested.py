@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import kernel
-from fastmmu.bits import ACC, EPT, GPTE64, ONE, PAGE_MASK, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
+from fastmmu.bits import ACC, EPT, GPTE64, ONE, PAGE_MASK, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
 from fastmmu.ept import INDEX_BITS, OUTSIDE, count, walk_ept
 from fastmmu.memory import find_slot
 from fastmmu.nested_caches import clear_structures, fill_page, fill_structure, find_page, find_structure
@@ -52,6 +52,7 @@ TABLE_KIND, READ_KIND, WRITE_KIND, FETCH_KIND = (np.uint64(kind) for kind in Hos
 NOWHERE = ALL_ONES  # instead of an hpa: the walk is not plain
 TWO_MIB_LEVEL, ONE_GIB_LEVEL = np.uint64(2), np.uint64(3)
 FOUR_LEVELS = LONG4.levels
+TYPE_MIDDLE = field(4, 4)
 
 
 # --- the second dimension, exactly ---------------------------------------------------------------------------------
@@ -272,6 +273,13 @@ def host_plain_for(host, access):
     return HostPlain(host.root, host.levels, table, final, kind, host.reserved_2m, host.reserved_1g)
 
 
+@kernel
+def fold_type(entry):
+    """A leaf with bit 4 inverted where bit 5 is set: bits 4:3 are 0 just for the memory types 0 and 6, uncacheable and write-back.
+    AMD's leaves have no type there, and nothing asks for these bits."""
+    return entry ^ ((entry >> ONE) & TYPE_MIDDLE)
+
+
 @kernel(inline=True)
 def host_address(mem, host, checks, stat, gpa):
     """hpa of `gpa` where the walk of the second dimension is plain: nothing denied, A and D set; else NOWHERE."""
@@ -296,9 +304,9 @@ def host_address_from(mem, host, checks, stat, gpa, level):
         entry = plain_entry(mem, table, gpa, level)
         count(stat, NestedStat.HOST_READS, ONE)
         if level == ONE:
-            return page_gpa(LONG4, entry, gpa, ONE) if entry & checks.leaf_mask == checks.leaf else NOWHERE
+            return page_gpa(LONG4, entry, gpa, ONE) if fold_type(entry) & checks.leaf_mask == checks.leaf else NOWHERE
         if entry & checks.pointer_mask != checks.pointer:
-            if level > ONE_GIB_LEVEL or entry & EPT.PS == ZERO or entry & checks.leaf_mask != checks.leaf:
+            if level > ONE_GIB_LEVEL or entry & EPT.PS == ZERO or fold_type(entry) & checks.leaf_mask != checks.leaf:
                 return NOWHERE
             reserved = host.reserved_2m if level == TWO_MIB_LEVEL else host.reserved_1g
             return page_gpa(LONG4, entry, gpa, level) if entry & reserved == ZERO else NOWHERE

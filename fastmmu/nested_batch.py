@@ -12,7 +12,7 @@ from fastmmu._jit import kernel
 from fastmmu.batch import BLOCK, ENTRY, INDEX, PREFETCH_LEVEL, RIGHTS, WRONG, gather, is_address, is_canonical, prefetch_entries
 from fastmmu.bits import ACC, EPT, GPTE64, ONE, PAGE_MASK, PAGE_OFFSET, PAGE_SHIFT, WORD_SHIFT, ZERO
 from fastmmu.ept import INDEX_BITS
-from fastmmu.nested import NOWHERE, host_address_of, host_plain_for, not_plain, walk_nested_by
+from fastmmu.nested import NOWHERE, fold_type, host_address_of, host_plain_for, not_plain, walk_nested_by
 from fastmmu.paging import LONG4
 from fastmmu.state import Reg
 from fastmmu.walk import ALL_ONES, MODE_LONG4, access_of, page_gpa, plain_for, table_index
@@ -69,7 +69,7 @@ def host_block(mem, host, checks, lanes, count):
     gather(mem.words, lanes, count)
     for i in range(count):
         entry = lanes[ENTRY + i]
-        lanes[WRONG + i] |= (entry & checks.leaf_mask) ^ checks.leaf
+        lanes[WRONG + i] |= (fold_type(entry) & checks.leaf_mask) ^ checks.leaf
         lanes[ADDRESS + i] = (entry & EPT.ADDR) | (lanes[ADDRESS + i] & PAGE_OFFSET)
 
 

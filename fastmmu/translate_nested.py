@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmmu.batch import BLOCK
-from fastmmu.bits import CR0, CR4, EFER, EPT, GPTE64, PAGE_MASK, PHYSICAL_LIMIT, QUALIFICATION, ZERO
+from fastmmu.bits import CR0, CR4, EFER, EPT, GPTE64, PAGE_MASK, PHYSICAL_LIMIT, QUALIFICATION, ZERO, field
 from fastmmu.checks import checked_flag, checked_int
-from fastmmu.ept import OUTSIDE, WRITE_BACK, EptCaps, checked_eptp, outside
+from fastmmu.ept import OUTSIDE, EptCaps, checked_eptp, outside
 from fastmmu.memory import GuestMemory
 from fastmmu.nested import walk_dimension
 from fastmmu.nested_batch import LANES, translate_nested_all
@@ -23,6 +23,7 @@ from fastmmu.state import TRAIL_LENGTH, EptState, Exit, Host, HostKind, HostWalk
 from fastmmu.translate import PFERR, checked_access, checked_accesses, checked_column, checked_gva
 
 PDPTE_TABLE = 0xFFFF_FFE0
+FOLDED_TYPE = field(4, 3)
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class NestedTranslations(NamedTuple):
 def ept_checks(ept: EptState) -> np.ndarray:
     """For each HostKind the masks by which a walk of an EPT is plain: as `paging.plain_checks`, uint64[len(HostKind), 4].
 
-    Every entry is readable beside what the access needs, so that no pattern of rights is misconfigured; memory is write-back; a
-    fetch finds both rights to execute, whatever the linear address.
+    Every entry is readable beside what the access needs, so that no pattern of rights is misconfigured; a leaf's memory type,
+    folded (nested.fold_type), is 0 or 6; a fetch finds both rights to execute, whatever the linear address.
     """
     table = np.zeros((len(HostKind), len(PlainColumn)), np.uint64)
     writes_tables = ept.accessed != ZERO
@@ -126,8 +127,8 @@ def ept_checks(ept: EptState) -> np.ndarray:
         needed = EPT.R | ept.accessed | (EPT.W if write else ZERO) | (EPT.X | ept.user_x if kind == HostKind.FETCH else ZERO)
         row[PlainColumn.POINTER] = needed
         row[PlainColumn.POINTER_MASK] = needed | EPT.PS | ept.reserved[2] | ept.reserved[4]
-        row[PlainColumn.LEAF] = needed | (ept.dirty if write else ZERO) | np.uint64(WRITE_BACK << 3)
-        row[PlainColumn.LEAF_MASK] = row[PlainColumn.LEAF] | EPT.TYPE | ept.reserved[1]
+        row[PlainColumn.LEAF] = needed | (ept.dirty if write else ZERO)
+        row[PlainColumn.LEAF_MASK] = row[PlainColumn.LEAF] | FOLDED_TYPE | ept.reserved[1]
     return table
 
 
