@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmmu._jit import cmpxchg, kernel, load
-from fastmmu.bits import EPT, EPTP, ONE, PAGE_SHIFT, PHYSICAL_BITS, PHYSICAL_LIMIT, QUALIFICATION, WORD_SHIFT, ZERO, field
+from fastmmu.bits import EPT, EPTP, ONE, PAGE_SHIFT, PHYSICAL_BITS, QUALIFICATION, WORD_SHIFT, ZERO, field
 from fastmmu.checks import WORD, checked_flag, checked_int
 from fastmmu.memory import GuestMemory, find_slot
 from fastmmu.paging import LONG4, physical_bits_above
@@ -246,9 +246,9 @@ def checked_gpa(gpa: object) -> int:
     """A guest physical address as an int.
 
     Raises:
-        ValueError: not an integer from 0 to 2^52 - 1.
+        ValueError: not an integer from 0 to 2^64 - 1.
     """
-    return checked_int(gpa, 0, PHYSICAL_LIMIT - 1, "gpa", f"an int from 0 to 2^{PHYSICAL_BITS} - 1")
+    return checked_int(gpa, 0, WORD, "gpa", "an int from 0 to 2^64 - 1")
 
 
 def checked_eptp(eptp: object, caps: object) -> EptState:
@@ -275,7 +275,7 @@ def translate_ept(
     Args:
         ram: host physical memory, in which the tables lie.
         eptp: the EPT pointer, its memory type, walk length and A/D bit included.
-        gpa: guest physical address in bytes, below 2^52.
+        gpa: guest physical address in bytes; one wider than the tables (48 or 57 bits) is a violation.
         access: 1 read, 2 write, 4 fetch, or-ed; each needs its right.
         caps: the processor's capabilities.
         paging_structure: the access is to an entry of the guest's paging structures.

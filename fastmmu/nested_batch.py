@@ -10,15 +10,16 @@ import numpy as np
 
 from fastmmu._jit import kernel
 from fastmmu.batch import BLOCK, ENTRY, INDEX, PREFETCH_LEVEL, RIGHTS, WRONG, gather, is_address, is_canonical, prefetch_entries
-from fastmmu.bits import ACC, EPT, GPTE64, ONE, PAGE_MASK, PAGE_OFFSET, PAGE_SHIFT, WORD_SHIFT, ZERO
+from fastmmu.bits import ACC, EPT, GPTE64, ONE, PAGE_MASK, PAGE_OFFSET, PAGE_SHIFT, WORD_SHIFT, ZERO, field
 from fastmmu.ept import INDEX_BITS
-from fastmmu.nested import NOWHERE, fold_type, host_address_of, host_plain_for, not_plain, walk_nested_by
+from fastmmu.nested import NOWHERE, TWO_MIB_LEVEL, fold_type, host_address_of, host_plain_for, not_plain, walk_nested_by
 from fastmmu.paging import LONG4
 from fastmmu.state import Reg
 from fastmmu.walk import ALL_ONES, MODE_LONG4, access_of, page_gpa, plain_for, table_index
 
-ADDRESS, FINAL_GPA = np.uint64(4 * BLOCK), np.uint64(5 * BLOCK)  # lanes beside those of batch.py
-LANES = 6
+ADDRESS, FINAL_GPA, LARGE = (np.uint64(BLOCK * lane) for lane in range(4, 7))  # lanes beside those of batch.py
+LANES = 7
+LARGE_OFFSET = field(20, 0)
 
 
 @kernel
@@ -44,8 +45,8 @@ def walk_alone(mem, mmu, host, scratch, caches, plain, masks, gva):
 
 @kernel
 def host_block(mem, host, checks, lanes, count):
-    """Translate the guest physical addresses of a lane in place, by mappings of 4 KiB. A lane that is not plain keeps to a harmless
-    address and is marked wrong; the top table lies inside the memory."""
+    """Translate the guest physical addresses of a lane in place, by mappings of 4 KiB and 2 MiB. A lane that is not plain keeps to
+    a harmless address and is marked wrong, as does, unmarked, one that has its large page; the top table lies inside memory."""
     start, size = mem.start, mem.size
     level = host.levels
     width = PAGE_SHIFT + INDEX_BITS * level
@@ -53,24 +54,31 @@ def host_block(mem, host, checks, lanes, count):
         gpa = lanes[ADDRESS + i]
         lanes[WRONG + i] |= gpa >> width
         lanes[INDEX + i] = (host.root >> WORD_SHIFT) + table_index(gpa, level, INDEX_BITS)
+        lanes[LARGE + i] = ZERO
     while level > ONE:
         below = level - ONE
         gather(mem.words, lanes, count)
+        large_bit = EPT.PS if level == TWO_MIB_LEVEL else ZERO
         for i in range(count):
             entry = lanes[ENTRY + i]
             target = entry & EPT.ADDR
             inside = np.uint64(np.int64(target) - start) < size
-            table = target if inside else host.root
-            lanes[WRONG + i] |= ((entry & checks.pointer_mask) ^ checks.pointer) | (ZERO if inside else ONE)
+            large = entry & large_bit != ZERO
+            table = target if inside and not large else host.root
+            wrong = ((entry & checks.pointer_mask) ^ checks.pointer) | (ZERO if inside else ONE)
+            lanes[WRONG + i] |= entry & host.reserved_2m if large else wrong
+            lanes[LARGE + i] = entry if large else ZERO
             lanes[INDEX + i] = (table >> WORD_SHIFT) + table_index(lanes[ADDRESS + i], below, INDEX_BITS)
         if below == ONE:
             prefetch_entries(mem.words, lanes, count)
         level = below
     gather(mem.words, lanes, count)
     for i in range(count):
-        entry = lanes[ENTRY + i]
+        large = lanes[LARGE + i]
+        entry = large if large != ZERO else lanes[ENTRY + i]
+        offset = LARGE_OFFSET if large != ZERO else PAGE_OFFSET
         lanes[WRONG + i] |= (fold_type(entry) & checks.leaf_mask) ^ checks.leaf
-        lanes[ADDRESS + i] = (entry & EPT.ADDR) | (lanes[ADDRESS + i] & PAGE_OFFSET)
+        lanes[ADDRESS + i] = (entry & EPT.ADDR & ~offset) | (lanes[ADDRESS + i] & offset)
 
 
 @kernel

@@ -515,6 +515,24 @@ def test_addresses_of_several_tables() -> None:
         assert [int(walk.hpa) for walk in walks] == wanted[:12]
 
 
+@pytest.mark.parametrize("ept", [True, False], ids=["ept", "npt"])
+def test_blocks_over_large_pages_of_the_second_dimension(ept: bool) -> None:
+    """2 MiB pages beside 4 KiB ones; a reserved bit in one of them is found."""
+    guest = Guest(ept=ept, flags=True)
+    pages = 500
+    frames = np.where(np.arange(pages) % 2, 0x60_0000, 0x8000) + (np.arange(pages) % 7 << 12)  # gpas: every other one in a large page
+    guest.words[guest.guest_table(1) >> 3 :][:pages] = frames.astype(np.uint64) | np.uint64(FLAGGED)
+    large = (R | EW | X | USER_X | EA | ED | WB if ept else FLAGGED) | PS
+    guest.words[(guest.host_table(2) >> 3) + 3] = 0xA0_0000 | large  # 6 MiB to 10 MiB
+    gvas = np.arange(pages, dtype=np.uint64) << np.uint64(12) | np.uint64(0x18)
+    many = translate_nested_many(guest.ram, guest.cpu, guest.nested, gvas, WRITE)
+    assert many.ok.all() and many.gpa.tolist() == (frames + 0x18).tolist()
+    assert many.hpa.tolist() == np.where(frames >= 0x60_0000, frames + 0x40_0018, frames + 0x18).tolist()
+    guest.words[(guest.host_table(2) >> 3) + 3] |= np.uint64(1 << 14)
+    many = translate_nested_many(guest.ram, guest.cpu, guest.nested, gvas, WRITE)
+    assert many.ok.tolist() == (frames < 0x60_0000).tolist() and set(many.exit_reason[~many.ok].tolist()) == {49 if ept else 0x400}
+
+
 def test_threads_translate_on_the_same_memory() -> None:
     """Two threads set the flags of the same entries in both dimensions."""
     guest = Guest(flags=True)
