@@ -449,7 +449,8 @@ def test_caches_change_no_answer(seed: int, levels: int, ept: bool) -> None:
     for _ in range(sized(30, 3)):
         machine = Machine(rng, Mode(levels), ept)
         mmu, host, scratch = machine.mmu(), host_of(machine.nested), make_scratch()
-        sets = [make_nested_caches(*which) for which in ((True, False), (False, True), (True, True))]
+        # each set is compiled on its own: under nested tables only both caches, which is the same code
+        sets = [make_nested_caches(*which) for which in (((True, False), (False, True), (True, True)) if ept else ((True, True),))]
         for _ in range(sized(400, 60)):
             gva, access = np.uint64(random_gva(rng, Mode(levels))), np.uint64(rng.choice(ACCESSES))
             wanted = answer_of(walk_nested(machine.memory.state, mmu, host, scratch, None, gva, access))
