@@ -28,6 +28,7 @@ TLB_KEYS = ("tests/test_streams.py::test_protection_keys_bind_accesses_that_the_
 FAST = ("tests/test_fast_fault.py",)
 RACES = ("tests/test_races.py",)
 LOCK = ("tests/test_lock.py",)
+L1_L2 = ("tests/test_nested_guest.py",)
 EPT_TESTS, NESTED = ("tests/test_ept.py",), ("tests/test_nested.py",)
 FIRST_PAGE = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[recycled_first_page]",)
 MANY_UNSYNC = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[many_unsync]",)
@@ -132,13 +133,13 @@ MUTANTS = (
     Mutant("INVLPG forgets nothing", "tlb.py", "                if (tag & PAGE_NUMBER) >> shift == page >> shift:", "                if False:", STREAMS),
     Mutant("a flush forgets nothing", "tlb.py", "    tlb[last, 0] += FIRST_EPOCH", "    tlb[last, 0] += ZERO", STREAMS),
     Mutant("requested flushes counted, not done", "roots.py", "    count(vcpu.stat, Counter.TLB_FLUSH)\n    flush(vcpu.tlb)", "    count(vcpu.stat, Counter.TLB_FLUSH)", STREAMS),
-    Mutant("requests served once", "roots.py", "        if not serve(vm, vcpu):\n            return False", "        return serve(vm, vcpu)", SHADOW),
+    Mutant("requests served once", "roots.py", "        if not serve(vm, kvm_view(vcpu.nested, vcpu)):\n            return False", "        return serve(vm, kvm_view(vcpu.nested, vcpu))", SHADOW),
     Mutant("the emulator's A bits not logged", "shadow_fault.py", "            mark_dirty(vm, vm.mem.slots[number], table >> PAGE_SHIFT)\n", "", SHADOW),
     Mutant("keys not asked on a TLB hit", "tlb.py", "denied = denied or key_fault", "denied = denied or False and key_fault", TLB_KEYS),
     Mutant("a shadowed table is not write-protected", "shadow.py", "        if write_protect(vm, stat, slot, gfn):\n", "        if False:\n", SHADOW),
     Mutant("huge pages over shadowed tables", "shadow.py", "        disallow_huge(vm, slot, gfn, 1)", "        pass", SHADOW),
     Mutant("huge pages for ever forbidden", "shadow.py", "        disallow_huge(vm, vm.mem.slots[number], gfn, -1)", "        pass", SHADOW),
-    Mutant("MMU_WRITABLE left on a shadowed table", "rmap.py", "level, NPT_SPTE.W | vm.word[VmWord.MMU_WRITABLE])", "level, NPT_SPTE.W)", SHADOW),
+    Mutant("MMU_WRITABLE left on a shadowed table", "rmap.py", "    bits = NPT_SPTE.W | vm.word[VmWord.MMU_WRITABLE]\n    flushes = vm", "    bits = NPT_SPTE.W\n    flushes = vm", SHADOW),
     Mutant("a tracked page mapped writable", "leaf.py", "    rights = access & ~ACC.W if refused else access", "    rights = access", SHADOW),
     Mutant("tracked writes are not emulated", "unsync.py", '        if np.uint64(vm.page[table]["level"]) > ONE:\n            return True', '        if np.uint64(vm.page[table]["level"]) > ONE:\n            return False', SHADOW),
     Mutant("an upper table goes out of step", "unsync.py", "    if is_write_tracked(vm, slot, gfn):\n        return True\n    table", "    table", SHADOW),
@@ -310,6 +311,23 @@ MUTANTS = (
     Mutant("nested: a tag without its level's bits", "nested_caches.py", "(PAGE_SHIFT + INDEX_BITS * level)) << ONE", "(PAGE_SHIFT + INDEX_BITS * (level + ONE))) << ONE", NESTED),
     Mutant("nested: pages known for any access", "nested_caches.py", "<< KIND_SHIFT | kind) << ONE", "<< KIND_SHIFT) << ONE", NESTED),
     Mutant("nested: structures never forgotten", "nested_caches.py", "            structures[level, number, Structure.TAG] = ZERO\n", "            pass\n", NESTED),
+    Mutant("U of the second dimension not asked for", "hardware.py", "if spte & word[VmWord.USER] == ZERO and word[VmWord.TDP] != ZERO and", "if False and", L1_L2),
+    Mutant("L2's entries read at their own gpas", "hardware.py", "    if not is_nested(vcpu.nested, vcpu.own):\n        return gpa", "    if True:\n        return gpa", L1_L2),
+    Mutant("L2's flags set at their own gpas", "hardware.py", "            if is_nested(vcpu.nested, vcpu.own):\n                mapped, _, held", "            if False:\n                mapped, _, held", L1_L2),
+    Mutant("no sync where guests are switched", "nested_guest.py", "MMU_SYNC | FLUSH_CURRENT)", "FLUSH_CURRENT)", L1_L2),
+    Mutant("no flush where guests are switched", "nested_guest.py", "    ask_one(vm, vcpu, MMU_SYNC | FLUSH_CURRENT)", "    ask_one(vm, vcpu, MMU_SYNC)", L1_L2),
+    Mutant("L1 comes back with L2's CR3", "nested_guest.py", "own[VcpuWord.REGISTERS], own[VcpuWord.KEPT_CR3])", "own[VcpuWord.REGISTERS], vcpu.mmu.reg[Reg.CR3])", L1_L2),
+    Mutant("L1 is not told what failed", "guest.py", "(pferr & (PFERR.GUEST_FINAL | PFERR.GUEST_PAGE)) | vcpu.own", "vcpu.own", L1_L2),
+    Mutant("a fault of the second dimension is a #PF of L1", "shadow_fault.py", "    if not nested:\n        count", "    if True:\n        count", L1_L2),
+    Mutant("a device of L2 at its own gpa", "guest.py", "return Touch(Status.DONE, held.gpa, ZERO, ZERO)", "return Touch(Status.DONE, gpa, ZERO, ZERO)", L1_L2),
+    Mutant("unmaps leave L2's pages", "host.py", "            zapped |= zap_leafs(vm, stat, low, high)\n        if not has_rmaps(vm.word):", "            zapped |= zap_leafs(vm, stat, low, high)\n        if vm.word[VmWord.TDP_MMU] != ZERO:", L1_L2),
+    Mutant("the log begins without L2's pages", "dirty_log.py", "        clear_bits(vm, stat, first, end, min_level, bits)\n    if not has_rmaps(vm.word):", "        clear_bits(vm, stat, first, end, min_level, bits)\n    if vm.word[VmWord.TDP_MMU] != ZERO:", L1_L2),
+    Mutant("the log goes on without L2's pages", "dirty_log.py", "        clear_bits_of_mask(vm, stat, base, mask, bits)\n    if not has_rmaps(vm.word):", "        clear_bits_of_mask(vm, stat, base, mask, bits)\n    if vm.word[VmWord.TDP_MMU] != ZERO:", L1_L2),
+    Mutant("L1 writes L2's tables unseen", "rmap.py", "flushes = vm.word[VmWord.TDP_MMU] != ZERO and clear_bits(", "flushes = False and clear_bits(", L1_L2),
+    Mutant("L1 maps L2's tables writably", "fault.py", "        rights = ACC.X | ACC.U  #", "        pass  #", L1_L2),
+    Mutant("roots of the guest that waits are kept too long", "roots.py", "    free_obsolete_own(vm, vcpu)\n    if is_nesting(vcpu.nested):", "    free_obsolete_own(vm, vcpu)\n    if False:", L1_L2),
+    Mutant("the VMCB is not logged", "nested_guest.py", "        mark_dirty(vm, vm.mem.slots[number], gpa >> PAGE_SHIFT)", "        pass", L1_L2),
+    Mutant("L2 goes on behind its exit", "drive.py", "while i < len(events) and events[i][\"op\"] != VMEXIT:", "while False:", L1_L2),
 )  # fmt: skip
 
 
