@@ -12,6 +12,7 @@ from fastmmu.machine_state import VmWord
 from fastmmu.memslot import WORD_BITS, max_mapping_level
 from fastmmu.pool import DIRECT, NONE, flush_remote, reclaim
 from fastmmu.rmap import MAX_HUGE_LEVEL, after, at_cursor, clear_rmap_bits, drop_leaf, first, has_rmaps, rmap_index
+from fastmmu.split import split_shadow_range
 from fastmmu.spte import INDEX_BITS, entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.tdp import clear_bits, clear_bits_of_mask, set_spte, split_range
 from fastmmu.walk import ALL_ONES
@@ -52,6 +53,16 @@ def clear_slot_bits(vm, stat, slot, min_level, bits):
 
 
 @inner
+def split_eagerly(vm, stat, slot, start, end):
+    """Split the huge pages of [start, end) if KVM does it eagerly, which without the TDP MMU it never does (facts 8.1)."""
+    if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO or vm.word[VmWord.TDP_MMU] == ZERO:
+        return
+    if has_rmaps(vm.word):
+        split_shadow_range(vm, stat, slot, start, end)
+    split_range(vm, stat, start, end)
+
+
+@inner
 def start(vm, stat, slot):
     """The slot begins to log (facts 7.1)."""
     if vm.word[VmWord.INITIALLY_SET] != ZERO:
@@ -61,8 +72,7 @@ def start(vm, stat, slot):
         lock_for_reading(vm.word, stat)
     else:
         lock_for_writing(vm.word, stat)
-    if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and vm.word[VmWord.TDP_MMU] != ZERO:
-        split_range(vm, stat, slot["base"], slot["base"] + slot["pages"])
+    split_eagerly(vm, stat, slot, slot["base"], slot["base"] + slot["pages"])
     if vm.word[VmWord.PML] != ZERO:
         # shadow pages are looked at on 4 KiB leaves only, the TDP MMU's on every level
         clear_logged_dirty(vm, stat, slot)
@@ -204,8 +214,7 @@ def protect_again(vm, stat, slot, i, mask):
     base = slot["base"] + (np.uint64(i) << WORD_BITS)
     if vm.word[VmWord.INITIALLY_SET] != ZERO:
         first, last = base + lowest_bit(mask), base + highest_bit(mask)
-        if vm.word[VmWord.EAGER_PAGE_SPLIT] != ZERO and vm.word[VmWord.TDP_MMU] != ZERO:
-            split_range(vm, stat, first, last)
+        split_eagerly(vm, stat, slot, first, last)
         protect_huge(vm, stat, slot, first)
         if round_up(first) != round_up(last):
             protect_huge(vm, stat, slot, last)

@@ -107,13 +107,12 @@ def role_of(vm, index):
 
 
 @inner
-def get_shadow_page(vm, vcpu, gfn, role):
-    """The shadow page for (gfn, role), looked up or made; NO_TABLE when the pool is used up (facts 5.11.4).
+def find_or_make(vm, stat, gfn, role):
+    """The shadow page for (gfn, role), as it is, or a new one; NO_TABLE when the pool is used up (facts 5.11.4).
 
-    An unsync one is brought up to date and stays unsync. One of a leaf table, where an upper table is wanted, is zapped: the guest
-    uses the page otherwise now.
+    An unsync one of a leaf table, where an upper table is wanted, is zapped: the guest uses the page otherwise now.
     """
-    stat, bucket = vcpu.stat, bucket_of(gfn)
+    bucket = bucket_of(gfn)
     table = vm.word[bucket]
     collisions = 0
     while table != NO_TABLE:
@@ -122,10 +121,6 @@ def get_shadow_page(vm, vcpu, gfn, role):
             if page["gfn"] != gfn:
                 collisions += 1
             elif np.uint64(page["role"]) == role:
-                if is_indirect(page):
-                    if page["unsync"] != NO and sync_page(vm, vcpu, table):
-                        flush_remote(vm.word, stat)
-                    page["floods"] = NO
                 break
             elif role & ROLE.LEVEL > ONE and page["unsync"] != NO:
                 zap(vm, stat, table)
@@ -140,6 +135,17 @@ def get_shadow_page(vm, vcpu, gfn, role):
             enlist(vm, table, bucket)
             if role & ROLE.DIRECT == ZERO:
                 account_shadowed(vm, stat, gfn)
+    return table
+
+
+@inner
+def get_shadow_page(vm, vcpu, gfn, role):
+    """The same for a fault or a root: one that is unsync is brought up to date, and stays unsync."""
+    table = find_or_make(vm, vcpu.stat, gfn, role)
+    if table != NO_TABLE and is_indirect(vm.page[table]):
+        if vm.page[table]["unsync"] != NO and sync_page(vm, vcpu, table):
+            flush_remote(vm.word, vcpu.stat)
+        vm.page[table]["floods"] = NO
     return table
 
 

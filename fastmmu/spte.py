@@ -184,12 +184,12 @@ def make_leaf(word, pfn, level, access, old, host_writable, prefetch):
 
 
 @inner
-def make_split_child(word, huge, child_level, index):
-    """Entry `index` of the table that replaces a huge spte: the same page in smaller pieces (facts 8.2, 8.7)."""
+def make_split_child(word, huge, child_level, index, access):
+    """Entry `index` of the table that replaces a huge spte of a page with these rights: it in smaller pieces (facts 8.2, 8.7)."""
     spte = huge + (index * pages_at(child_level) << PAGE_SHIFT)
     if child_level == ONE:
         spte &= ~NPT_SPTE.PS
-        if word[VmWord.NX_HUGE_PAGES] != ZERO:  # only as a huge page it may not be executable
+        if access & ACC.X != ZERO and word[VmWord.NX_HUGE_PAGES] != ZERO:  # only as a huge page it may not be executable
             spte = (spte & ~word[VmWord.NO_EXECUTE]) | word[VmWord.EXECUTE]
     return spte
 

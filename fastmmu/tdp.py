@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmmu import guards
 from fastmmu._jit import cmpxchg, exchange, fetch_and, inner, load, pause, store
-from fastmmu.bits import FROZEN, ONE, ZERO
+from fastmmu.bits import ACC, FROZEN, ONE, ZERO
 from fastmmu.machine_state import TABLE_WORDS, Counter, VmWord
 from fastmmu.pool import (
     INVALID,
@@ -228,7 +228,7 @@ def split_huge_page(vm, stat, index, level):
     if table == NO_TABLE:
         return False
     for i in range(TABLE_SIZE):
-        vm.spt[table * TABLE_SIZE + i] = make_split_child(vm.word, huge, below, i)
+        vm.spt[table * TABLE_SIZE + i] = make_split_child(vm.word, huge, below, i, ACC.ALL)
     vm.page[table]["parents"] = index
     if not guards.SPLIT_EXCHANGE:
         store(vm.spt, index, make_table(vm.word, table))

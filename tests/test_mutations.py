@@ -206,8 +206,8 @@ MUTANTS = (
     Mutant("the user keeps a page without CR0.WP", "shadow_fault.py", "        access = (access | ACC.W) & ~ACC.U", "        access = access | ACC.W", SHADOW),
     Mutant("SMEP forgotten without CR0.WP", "shadow_fault.py", "            access &= ~ACC.X", "            pass", SHADOW),
     Mutant("a kept table linked out of step", "shadow_fault.py", "                sync_children(vm, vcpu, child)", "                pass", SHADOW),
-    Mutant("a found page not synced", "shadow.py", '                    if page["unsync"] != NO and sync_page(vm, vcpu, table):\n                        flush_remote(vm.word, stat)\n', "", SHADOW),
-    Mutant("a found page synced without a flush", "shadow.py", '                    if page["unsync"] != NO and sync_page(vm, vcpu, table):\n                        flush_remote(vm.word, stat)', '                    if page["unsync"] != NO:\n                        sync_page(vm, vcpu, table)', SHADOW),
+    Mutant("a found page not synced", "shadow.py", '        if vm.page[table]["unsync"] != NO and sync_page(vm, vcpu, table):\n            flush_remote(vm.word, vcpu.stat)\n', "", SHADOW),
+    Mutant("a found page synced without a flush", "shadow.py", '        if vm.page[table]["unsync"] != NO and sync_page(vm, vcpu, table):\n            flush_remote(vm.word, vcpu.stat)', '        if vm.page[table]["unsync"] != NO:\n            sync_page(vm, vcpu, table)', SHADOW),
     Mutant("an unsync page of the wrong level stays", "shadow.py", '            elif role & ROLE.LEVEL > ONE and page["unsync"] != NO:\n                zap(vm, stat, table)\n', "", SHADOW),
     Mutant("what a refused access met stays", "shadow_fault.py", "            invalidate_current(vm, vcpu, gva)", "            pass", SHADOW),
     Mutant("a flood at the fourth write", "track.py", "FLOOD = np.uint8(3)", "FLOOD = np.uint8(4)", SHADOW),
@@ -328,6 +328,15 @@ MUTANTS = (
     Mutant("roots of the guest that waits are kept too long", "roots.py", "    free_obsolete_own(vm, vcpu)\n    if is_nesting(vcpu.nested):", "    free_obsolete_own(vm, vcpu)\n    if False:", L1_L2),
     Mutant("the VMCB is not logged", "nested_guest.py", "        mark_dirty(vm, vm.mem.slots[number], gpa >> PAGE_SHIFT)", "        pass", L1_L2),
     Mutant("L2 goes on behind its exit", "drive.py", "while i < len(events) and events[i][\"op\"] != VMEXIT:", "while False:", L1_L2),
+    Mutant("split: the table's role lacks X", "split.py", "child_role(role_of(vm, index), index, access, True)", "child_role(role_of(vm, index), index, access & np.uint64(6), True)", L1_L2),
+    Mutant("split: the huge page's own X", "spte.py", "if access & ACC.X != ZERO and word[VmWord.NX_HUGE_PAGES] != ZERO:  # only", "if False:  # only", L1_L2),
+    Mutant("split: X for all", "spte.py", "if access & ACC.X != ZERO and word[VmWord.NX_HUGE_PAGES] != ZERO:  # only", "if word[VmWord.NX_HUGE_PAGES] != ZERO:  # only", L1_L2),
+    Mutant("split: new leaves are in no reverse map", "split.py", "        add_leaf(vm, stat, slot, index, gfn + i * pages_at(level), access, level)\n", "        pass\n", L1_L2),
+    Mutant("split: what is there is made again", "split.py", "        if is_present(vm.spt[index]):", "        if False:", L1_L2),
+    Mutant("split: no parent", "split.py", "    add_parent(vm, table, index)\n", "", L1_L2),
+    Mutant("split: no quota", "split.py", "if not has_quota(vm.word) or not", "if not", L1_L2),
+    Mutant("split: not at a clear", "dirty_log.py", "        split_eagerly(vm, stat, slot, first, last)\n", "", L1_L2),
+    Mutant("split: without the TDP MMU too", "dirty_log.py", "if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO or vm.word[VmWord.TDP_MMU] == ZERO:", "if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO:", L1_L2),
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from fastmmu.bits import CR0, CR4, EFER, GPTE64, PAGE_SIZE, PFERR
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine, NotBuilt
-from fastmmu.machine_state import LogKind, SlotFlag, Stop, VcpuWord
+from fastmmu.machine_state import LogKind, SlotFlag, Stop, VcpuWord, VmWord
 from fastmmu.paging import Cpu
 from fastmmu.reference.nested import NestedWalker, NptDimension
 from fastmmu.reference.walk import Memory
@@ -28,7 +28,11 @@ USED = int(GPTE64.P | GPTE64.W | GPTE64.U)
 L1, L2 = Cpu(cr3=L1_TABLES, amd=True, **LONG), Cpu(cr3=L2_TABLES, amd=True, **LONG)
 TABLES = Cpu(cr3=NPT, amd=True, **{**LONG, "cr0": int(CR0.PE | CR0.PG)})
 LOG = int(SlotFlag.LOG_DIRTY_PAGES)
-KVMS = {"tdp-mmu": Kvm(nested=True, eager_page_split=False), "shadow": Kvm(nested=True, tdp_mmu=False, eager_page_split=False)}
+KVMS = {
+    "tdp-mmu": Kvm(nested=True, eager_page_split=False),
+    "eager": Kvm(nested=True, nx_huge_pages=True),
+    "shadow": Kvm(nested=True, tdp_mmu=False, eager_page_split=False),
+}
 
 
 def chain(words: np.ndarray, root: int, to: int) -> None:
@@ -98,9 +102,9 @@ class Nested:
         return self.machine.counters()[name]
 
     def changed(self, before: dict[str, int]) -> dict[str, int]:
-        """Counters that moved, the processor's left out."""
+        """Counters that moved, without those of the processor and the lock."""
         after = self.machine.counters()
-        return {name: after[name] - before[name] for name in after if after[name] != before[name] and not name.startswith("tlb_")}
+        return {name: after[name] - before[name] for name in after if after[name] != before[name] and not name.startswith(("tlb_", "lock_"))}
 
 
 @pytest.fixture(params=list(KVMS))
@@ -176,7 +180,7 @@ def step(one: Nested, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("kvm", list(KVMS))
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(2))
 def test_every_access_as_two_walks_say(seed: int, kvm: str, part: int) -> None:
     play(np.random.default_rng([seed, part]), kvm, 150)
 
@@ -331,6 +335,84 @@ def test_deleting_a_memslot_zaps_everything(nested: Nested) -> None:
     before = nested.count("pf_fixed")
     nested.run(Op.ACCESS, address=70 * PAGE_SIZE)
     assert nested.count("pf_fixed") > before  # by a new root
+
+
+# --- huge pages ------------------------------------------------------------------------------------------------------------
+
+
+def huge(*, rights: int = FULL, **kvm: bool | int) -> Nested:
+    """L2 has used its huge page, which the host has one for."""
+    one = Nested(Kvm(nested=True, **kvm), host_level=2)
+    one.machine.memory.words[(NPT + 2 * PAGE_SIZE) // 8 + 1] = DATA | rights | int(GPTE64.PS)
+    one.enter()
+    judged(one, DATA, 0)
+    assert one.count("pages_2m") == 1
+    return one
+
+
+def test_logging_splits_a_nested_guests_huge_page_at_once() -> None:
+    one = huge()
+    before = one.machine.counters()
+    one.run(Op.SLOT_FLAGS, address=1, value=LOG)
+    moved = one.changed(before)
+    assert (moved["pages_2m"], moved["pages_4k"], moved["mmu_cache_miss"]) == (-1, 512, 1)
+    audit(one.machine)
+    before = one.machine.counters()
+    judged(one, DATA + 7 * PAGE_SIZE, 2)
+    assert one.changed(before) == {"pf_taken": 1, "pf_fixed": 1, "exits_no_irq": 1}  # a write-protection fault, and no more
+    one.run(Op.DIRTY_GET, address=1)
+    assert np.flatnonzero(one.machine.report(1)).tolist() == [7]
+
+
+@pytest.mark.parametrize("kvm", [{"eager_page_split": False}, {"tdp_mmu": False}], ids=str)
+def test_without_eager_splitting_each_page_faults_anew(kvm: dict[str, bool]) -> None:
+    one = huge(**kvm)
+    one.run(Op.SLOT_FLAGS, address=1, value=LOG)
+    assert one.count("pages_2m") == 1
+    judged(one, DATA + 7 * PAGE_SIZE, 2)
+    before = one.machine.counters()
+    judged(one, DATA + 8 * PAGE_SIZE, 0)
+    assert one.changed(before)["pf_fixed"] == 1
+
+
+def test_two_ways_to_a_huge_page_share_its_table() -> None:
+    one = huge()
+    one.machine.memory.words[(NPT + 2 * PAGE_SIZE) // 8 + 2] = DATA | FULL | int(GPTE64.PS)
+    one.machine.memory.words[(L2_AT + 2 * PAGE_SIZE) // 8 + 2] = 2 * DATA | FULL | int(GPTE64.PS)
+    judged(one, 2 * DATA, 0)
+    before = one.machine.counters()
+    one.run(Op.SLOT_FLAGS, address=1, value=LOG)
+    moved = one.changed(before)
+    assert (moved["pages_2m"], moved["pages_4k"], moved["mmu_cache_miss"]) == (-2, 512, 1)
+    audit(one.machine)
+
+
+@pytest.mark.parametrize("executable", [True, False])
+def test_small_pages_may_be_executed_as_the_hypervisor_says(executable: bool) -> None:
+    one = huge(rights=FULL | (0 if executable else int(GPTE64.NX)), nx_huge_pages=True)
+    one.run(Op.SLOT_FLAGS, address=1, value=LOG)
+    before = one.machine.counters()
+    judged(one, DATA + 9 * PAGE_SIZE, 16)
+    assert one.changed(before).get("pf_taken", 0) == (0 if executable else 1)
+
+
+def test_splitting_stops_where_the_quota_ends() -> None:
+    one = huge()
+    used = int(one.machine.vm.word[VmWord.USED_PAGES])
+    one.machine.vm.word[VmWord.MAX_PAGES] = used + 5
+    one.run(Op.SLOT_FLAGS, address=1, value=LOG)
+    assert one.count("pages_2m") == 1
+    judged(one, DATA + 7 * PAGE_SIZE, 2)
+
+
+def test_clearing_splits_where_everything_counts_as_dirty() -> None:
+    one = huge(manual_protect=True, initially_set=True)
+    one.run(Op.SLOT_FLAGS, address=1, value=LOG)
+    assert one.count("pages_2m") == 1
+    one.machine.set_report(1, np.arange(3, 6))
+    one.run(Op.DIRTY_CLEAR, address=1)
+    assert one.count("pages_2m") == 0 and one.count("pages_4k") >= 512
+    audit(one.machine)
 
 
 def test_the_block_that_describes_the_nested_guest_is_written(nested: Nested) -> None:
