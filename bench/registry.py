@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench import (
     access_checks,
+    ept_qualification,
     fast_faults,
     faults,
     lock_scaling,
@@ -32,6 +33,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         walk_speed.THREADS,
         nested_walk.EXPERIMENT,
         nested_caches.EXPERIMENT,
+        ept_qualification.EXPERIMENT,
         faults.EXPERIMENT,
         mmu_cost.EXPERIMENT,
         mmio_mmu.EXPERIMENT,

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from fastmmu import commands
 from fastmmu.processor import GeneralProtection
+from fastmmu.qualification import ACTS, POLICIES, STRATEGIES
 from fastmmu.races import RACES
 from fastmmu.trace import TraceError
 from fastmmu.trace.npz import MAXPHYADDR
@@ -87,6 +88,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("--records", type=positive, help="the first records only")
     command.add_argument("--audit", action="store_true", help="check the whole state every 65,536 events")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    command = subparsers.add_parser(
+        "qualification",
+        help="watch what a nested hypervisor is told of a device page, step by step",
+        description="L2 accesses a device page that L1 has mapped for it and L0 emulates. Each step is told, up to the first "
+        "access that never completes, because the whole state recurs. Exit status 0 if all accesses complete, 1 if one does not.",
+    )
+    command.set_defaults(run=commands.qualification_command)
+    command.add_argument("acts", nargs="+", metavar="ACT", help=f"what happens, in this order: {', '.join(ACTS)}")
+    command.add_argument(
+        "--strategy", choices=STRATEGIES, default=STRATEGIES[0], help="where L0 takes the access bits from (default: stale)"
+    )
+    command.add_argument("--l1", choices=POLICIES, default=POLICIES[0], help="what L1 grants (default: exact, what it is told)")
+    command.add_argument("--no-execute-only", action="store_true", help="L1's EPT has no entries with X alone")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     command = subparsers.add_parser(
         "races",

@@ -19,6 +19,7 @@ from fastmmu.audit_state import AuditError
 from fastmmu.explain import explain
 from fastmmu.kvm import Kvm
 from fastmmu.machine import MachineError, NotBuilt
+from fastmmu.qualification import watch
 from fastmmu.races import RACES
 from fastmmu.stream import machine_for, replay_stream
 from fastmmu.trace import TraceError, load_replay, load_snapshot
@@ -76,6 +77,25 @@ def translate_command(args: argparse.Namespace) -> int:
     for gva, text in zip(args.gvas, told, strict=True):
         print(text if args.explain else f"{gva:#x}: {text.rsplit('=> ', 1)[1]}")
     return EQUAL if answers.ok.all() else DIFFERS
+
+
+def qualification_command(args: argparse.Namespace) -> int:
+    """`fastmmu qualification`: numbered steps, and the loop; exit status 1 when an access never completes."""
+    try:
+        watched = watch(args.acts, strategy=args.strategy, l1=args.l1, execute_only=not args.no_execute_only)
+    except ValueError as error:
+        complain(error)
+        return UNREADABLE
+    if args.json:
+        print(json.dumps({**asdict(watched), "completes": watched.completes}))
+    else:
+        for step in watched.steps:
+            print(f"{step.number:4}  {step.text}")
+        counted = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in watched.counters.items() if value)
+        print(counted)
+        if watched.loop:
+            print(f"steps {watched.loop[0]} to {watched.loop[1]} come again for ever")
+    return EQUAL if watched.completes else DIFFERS
 
 
 def validate_command(args: argparse.Namespace) -> int:

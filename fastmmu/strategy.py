@@ -83,4 +83,14 @@ NESTED_CACHES = Experiment(
     ),
 )
 
-EXPERIMENTS = (MMIO_CACHE, ACCESS_CHECKS, NESTED_CACHES)
+EPT_QUALIFICATION = Experiment(
+    name="ept-qualification",
+    question="What must a hypervisor tell a nested one of an EPT violation?",
+    source="[PATCH] X86/KVM: Update the exit_qualification access bits while walking an address, review of 2018-03-04",
+    strategies=(
+        Strategy("stale", "before the patch: the access bits of the last violation, though this exit may be a misconfiguration"),
+        Strategy("derived", "the patch: the access bits of the walk that failed; bits 8:7 as kept"),
+    ),
+)
+
+EXPERIMENTS = (MMIO_CACHE, ACCESS_CHECKS, NESTED_CACHES, EPT_QUALIFICATION)

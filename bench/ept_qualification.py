@@ -1,0 +1,154 @@
+"""The ept-qualification experiment: L2 accesses device pages that L0 emulates, in all orders; what L1 is told of each violation."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from functools import lru_cache
+
+import numpy as np
+import pyperf
+
+from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed
+from bench.results import counters_of
+from bench.tables import Table, by_workload, counts, nanoseconds, ratio_text, round_values
+from fastmmu.bits import EPT
+from fastmmu.ept import FETCH, READ, WRITE
+from fastmmu.floors import ACT, House, Tally, run_acts
+from fastmmu.qualification import POLICIES, entries02, entries12, make_house, make_seen, mmio_generation_of
+from fastmmu.reference.qualification import BIT
+from fastmmu.reference.qualification import House as Reference
+from fastmmu.strategy import EPT_QUALIFICATION
+
+NAME = EPT_QUALIFICATION.name
+DATA, ALL, EXECUTE_ONLY, WOVEN = "data", "all", "all-execute-only", "woven"
+WORKLOADS = tuple(f"{l1}/{orders}" for l1 in POLICIES for orders in (DATA, ALL, EXECUTE_ONLY, WOVEN))
+LENGTH = 4  # accesses to each page
+COPIES = 32  # pages with the same order
+SEED = 2018
+LETTER_OF = {bit: letter for letter, bit in BIT.items()}
+
+
+@lru_cache(maxsize=4)
+def accesses_of(orders: str, copies: int) -> np.ndarray:
+    """ACT[n]: every order of LENGTH accesses on pages of its own, page after page; woven: the pages mixed at random."""
+    kinds = (READ, WRITE) if orders == DATA else (READ, WRITE, FETCH)
+    every = np.array(list(itertools.product(kinds, repeat=LENGTH)), np.uint64)
+    values = np.tile(every, (copies, 1))
+    rows = np.zeros(values.size, ACT)
+    gfns = np.repeat(np.arange(len(values), dtype=np.uint64), LENGTH).reshape(values.shape)
+    rows["value"], rows["gfn"] = values.ravel(), gfns.ravel()
+    if orders == WOVEN:  # shuffle the slots; a page's accesses fill its slots in their order
+        slots = np.random.default_rng(SEED).permutation(rows["gfn"])
+        rows[np.argsort(slots, kind="stable")] = rows.copy()
+    return rows
+
+
+class Case:
+    """The floors at the start, and the accesses, of one cell."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.strategy, (self.l1, orders) = cell.strategy, cell.workload.split("/")
+        self.execute_only = orders == EXECUTE_ONLY
+        self.rows = accesses_of(orders, COPIES)
+        self.answers, self.seen = np.zeros(len(self.rows), np.uint64), make_seen()
+        self.house: House = make_house(
+            self.strategy, self.l1, execute_only=self.execute_only, pages=int(self.rows["gfn"].max()) + 1
+        )
+        self.floor = self.house.floor.copy()
+
+    def reset(self) -> None:
+        """EPT12 and EPT02 empty, nothing kept."""
+        entries12(self.house)[:] = 0
+        entries02(self.house)[:] = 0
+        self.house.floor[:] = self.floor
+
+    def run(self, stat: np.ndarray | None) -> None:
+        """All accesses."""
+        run_acts(self.house, stat, None, self.seen, self.rows, self.answers)
+
+    def digest(self) -> int:
+        """Of the tries of each access, and of both tables."""
+        parts = (self.answers, entries12(self.house), entries02(self.house))
+        return int.from_bytes(hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=8).digest(), "little")
+
+
+def cells(context: Context) -> list[Cell]:
+    """Both strategies on each workload."""
+    return [Cell(NAME, workload, strategy.name) for workload in WORKLOADS for strategy in EPT_QUALIFICATION.strategies]
+
+
+def check(context: Context, cell: Cell) -> Checked:
+    """Counters, the tries of each access and both tables equal those of the plain-Python floors.
+
+    Raises:
+        CheckError: they do not.
+    """
+    case, stat = Case(cell), np.zeros(len(Tally), np.uint64)
+    case.run(stat)
+    ours = {one.name.lower(): int(stat[one]) for one in Tally}
+    reference = Reference(case.strategy, case.l1, case.execute_only)
+    tries = []
+    for gfn, value in zip(case.rows["gfn"].tolist(), case.rows["value"].tolist(), strict=True):
+        number, done = reference.access(gfn, LETTER_OF[value])
+        tries.append(2 * number + (not done))
+    pages = [reference.page(gfn) for gfn in range(int(case.house.pages))]
+    rights = [sum(BIT[letter] for letter in page.granted) for page in pages]
+    generations = [mmio_generation_of(spte) if spte else None for spte in entries02(case.house)]
+    for what, mine, other in (
+        ("counters", {name: n for name, n in ours.items() if n}, {name: n for name, n in reference.counters.items() if n}),
+        ("tries", case.answers.tolist(), tries),
+        ("entries of EPT12", (entries12(case.house) & (EPT.R | EPT.W | EPT.X)).tolist(), rights),
+        ("entries of EPT02", generations, [page.spte for page in pages]),
+    ):
+        if mine != other:
+            raise CheckError(f"{cell.name}: {what} differ from the reference")
+    lower = ("never_completed", "violations", "misconfigurations", "injected", "unchanged", "ept12_walks")
+    return Checked(ours, case.digest(), counts={name: ours[name] for name in lower})
+
+
+def timed(context: Context, cell: Cell) -> Timed:
+    """All accesses from empty tables, uncounted."""
+    case = Case(cell)
+    return Timed(lambda: case.run(None), case.reset, case.digest, len(case.rows))
+
+
+def why_not(context: Context, cell: Cell) -> str:
+    """Reads and writes are timed, where all of them complete; an access that is given up takes no time that means anything."""
+    l1, orders = cell.workload.split("/")
+    if orders != DATA:
+        return "counted only"
+    return "accesses that never complete" if (l1, cell.strategy) == (POLICIES[0], "stale") else ""
+
+
+def each(counters: dict[str, int], name: str) -> str:
+    """A count per access."""
+    return f"{counters[name] / counters['accesses']:.3f}"
+
+
+def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
+    """One table: L1's policy, the orders and the strategy, time where it was taken, and the counters."""
+    rows = []
+    plain = EPT_QUALIFICATION.strategies[0].name
+    for workload, strategies in by_workload(suite).items():
+        times = {name: round_values(metrics["time"]) for name, metrics in strategies.items() if "time" in metrics}
+        for name, metrics in strategies.items():
+            own = counters_of(next(iter(metrics.values())))
+            ratio = ratio_text(times[plain], times[name], cost=False) if plain in times and name in times else "-"
+            speed = nanoseconds(times[name]) if name in times else "-"
+            shares = (each(own, which) for which in ("violations", "misconfigurations", "injected", "ept12_walks"))
+            rows.append((f"{workload} / {name}", ratio, *counts(own, "accesses", "never_completed"), *shares, speed))
+    head = (
+        "L1 / orders / strategy", f"speed-up over {plain}", "accesses", "never complete", "violations per access",
+        "misconfigurations per access", "injected per access", "EPT12 walks per access", "ns per access",
+    )  # fmt: skip
+    note = (
+        f"All orders of {LENGTH} accesses, each on pages of its own. data: reads and writes; all: fetches too; all-execute-only: "
+        "with execute-only pages in L1's EPT; woven: as all, the pages mixed at random instead of one after the other. An "
+        "access that never completes is counted until the whole state recurs, then given up. The time is the model's: "
+        "an exit costs nothing."
+    )
+    return [Table("ept-qualification", head, rows, note)]
+
+
+EXPERIMENT = Experiment(NAME, cells, check, timed, why_not, tables, quick=False)
