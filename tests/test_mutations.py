@@ -30,6 +30,7 @@ RACES = ("tests/test_races.py",)
 LOCK = ("tests/test_lock.py",)
 L1_L2 = ("tests/test_nested_guest.py",)
 EPT_TESTS, NESTED = ("tests/test_ept.py",), ("tests/test_nested.py",)
+TOLD = ("tests/test_qualification.py",)
 FIRST_PAGE = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[recycled_first_page]",)
 MANY_UNSYNC = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[many_unsync]",)
 
@@ -337,6 +338,23 @@ MUTANTS = (
     Mutant("split: no quota", "split.py", "if not has_quota(vm.word) or not", "if not", L1_L2),
     Mutant("split: not at a clear", "dirty_log.py", "        split_eagerly(vm, stat, slot, first, last)\n", "", L1_L2),
     Mutant("split: without the TDP MMU too", "dirty_log.py", "if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO or vm.word[VmWord.TDP_MMU] == ZERO:", "if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO:", L1_L2),
+    Mutant("told: a misconfiguration is kept, too", "floors.py", "        count(stat, Tally.MISCONFIGURATIONS, ONE)\n", "        count(stat, Tally.MISCONFIGURATIONS, ONE)\n        house.floor[Floor.SAVED] = access | LINEAR\n", TOLD),
+    Mutant("told: a violation is not kept", "floors.py", "        house.floor[Floor.SAVED] = seen.qualification & (ACCESS | LINEAR)\n", "", TOLD),
+    Mutant("told: stale and derived exchanged", "floors.py", "== STALE else", "!= STALE else", TOLD),
+    Mutant("told: rights left out", "floors.py", " | (walk.qualification & QUALIFICATION.RIGHTS)", "", TOLD),
+    Mutant("told: bits 8:7 always set", "floors.py", " | (saved & LINEAR)\n", " | LINEAR\n", TOLD),
+    Mutant("told: a misconfiguration of L1 as a violation", "floors.py", "    if walk.reason == MISCONFIGURATION:\n", "    if False:\n", TOLD),
+    Mutant("told: the emulator does not ask for R", "floors.py", "gfn, access | EPT.R)", "gfn, access)", TOLD),
+    Mutant("told: the emulator is not asked", "floors.py", "    walk = walk_ept12(house, stat, log, Event.EMULATOR_WALK, gfn, access | EPT.R)\n    if not walk.ok:", "    if False:", TOLD),
+    Mutant("told: L0 misses L1's write", "floors.py", "    house.l0.words[house.leaf02 + gfn] = ZERO  # L1's", "    # L1's", TOLD),
+    Mutant("told: L1 grants W alone", "floors.py", "if rights & EPT.W != ZERO or (rights", "if (rights", TOLD),
+    Mutant("told: L1 always has execute-only pages", "floors.py", "and house.floor[Floor.EXECUTE_ONLY] == ZERO)", "and False)", TOLD),
+    Mutant("told: L1 always grants W with R", "floors.py", "    if rights & EPT.R != ZERO and house.floor[Floor.POLICY] == WRITE_WITH_READ:\n", "    if rights & EPT.R != ZERO:\n", TOLD),
+    Mutant("told: the slow path knows the access", "floors.py", "handle_fault(house, stat, log, gfn, ZERO)", "handle_fault(house, stat, log, gfn, access)", TOLD),
+    Mutant("told: old MMIO sptes are taken", "floors.py", "        if mmio_generation(spte) != ", "        if mmio_generation(spte) > ", TOLD),
+    Mutant("told: the generation comes round, sptes stay", "floors.py", "            house.l0.words[house.leaf02 + gfn] = ZERO\n            gfn", "            gfn", TOLD),
+    Mutant("told: half a state recurs", "floors.py", " and seen[at, 2] == saved", "", TOLD),
+    Mutant("told: the loop from its first try", "qualification.py", """tries[int(rows[-1]["qualification"])]""", "tries[0]", TOLD),
 )  # fmt: skip
 
 
