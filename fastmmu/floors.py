@@ -3,8 +3,8 @@
 L1's table EPT12 lies in L1's memory; L0's own table EPT02, which the processor walks while L2 runs, in L0's. Both are real tables,
 walked by `ept.walk_ept`. EPT02 never grants anything here: a device page has no memslot, so that its entry is empty, which is a
 violation, or an MMIO spte, which is a misconfiguration. Only a violation has an exit qualification; L0 keeps the last one, as
-Linux did until 6.8. Where EPT12 does not grant the access L0 hands the exit to L1, with a qualification whose access bits are, by
-strategy,
+Linux did up to about 6.8. Where EPT12 does not grant the access L0 hands the exit to L1, with a qualification whose access bits
+are, by strategy,
 
 - stale: those kept from the last violation, though the exit at hand may have been a misconfiguration;
 - derived: those of the walk of EPT12 that failed (the patch of 2018).

@@ -38,6 +38,7 @@ TABLES = 0x1000
 DEVICE = 0xF0_0000_0000
 MOST_PAGES = 1 << 18  # one page of the directory of page directories
 MOST_ACTS = 1000
+STEPS = 8 * MOST_STATES  # of one act: no try has more than 7, and one comes behind the last
 POINTER = EPT.R | EPT.W | EPT.X
 SPTE_POINTER = POINTER | EPT_SPTE.MMU_PRESENT | EPT_SPTE.SUPPRESS_VE
 MAXPHYADDR = 46
@@ -148,8 +149,8 @@ def watch(
     """Let things happen to one device page of L2, up to the first access that never completes, and tell each step.
 
     Args:
-        acts: names of ACTS: "read", "write", "fetch" are L2's accesses to the page; "memslots" a change of L0's memslots;
-            "other-read", "other-write", "other-fetch", "other-walk" violations at another page.
+        acts: names of ACTS, or one such name: "read", "write", "fetch" are L2's accesses to the page; "memslots" a change of L0's
+            memslots; "other-read", "other-write", "other-fetch", "other-walk" violations at another page.
         strategy: where L0 takes the access bits from that it tells L1: "stale", the last violation; "derived", the failed walk.
         l1: what L1 adds to its entry: "exact", what it is told; "write-with-read", W too wherever there is R.
         execute_only: L1's EPT may have entries with X alone.
@@ -172,7 +173,7 @@ def watch(
     begin = checked_int(generation, 0, WORD >> 1, "generation", "an int from 0 to 2^63 - 1")
     granted = sum(1 << "RWX".index(letter) for letter in set(rights))
     house = make_house(strategy, l1, execute_only=only, generation=begin, rights=granted)
-    stat, log, seen = np.zeros(len(Tally), np.uint64), np.zeros(64, LOG), make_seen()
+    stat, log, seen = np.zeros(len(Tally), np.uint64), np.zeros(STEPS, LOG), make_seen()
     steps: list[Step] = []
     loop = None
     for name in names:

@@ -181,11 +181,16 @@ def test_pairs_that_loop() -> None:
     }
 
 
-def test_a_violation_at_another_page_may_end_the_loop_or_begin_one() -> None:
+def test_a_violation_at_another_page_may_end_a_loop_but_begins_none() -> None:
     """What L0 keeps belongs to the vCPU, not to the page."""
     assert watch(["read", "other-write", "write"]).completes
-    assert not watch(["write", "other-read", "fetch"]).completes
-    assert not watch(["read", "write"]).completes
+    assert not watch(["read", "other-write", "other-read", "write"]).completes
+    for l1, only in itertools.product(POLICIES, (True, False)):
+        for order in orders(3):
+            if loops(order, l1, only):
+                continue
+            for at, other in itertools.product(range(len(order) + 1), OTHERS):
+                assert watch([*order[:at], other, *order[at:]], l1=l1, execute_only=only).completes
 
 
 @pytest.mark.parametrize("l1", POLICIES)
