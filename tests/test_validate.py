@@ -18,7 +18,7 @@ BUILT = (
     "npt1-nxforce.Bexec", "npt0.A512", "npt0.A512noAD", "npt0.A512np", "npt0.A512rA", "npt0.B", "npt0.Binit", "npt0-eagerN.B",
     "npt0-nxforce.Bexec", "npt0.C", "npt0-nommiocache.C", "npt0.E", "npt0.G", "npt0.D-cpl0_wp0_exec", "npt0.D-cpl0_wp0_read",
     "npt0.D-cpl0_wp0_write", "npt0.D-cpl0_wp1_exec", "npt0.D-cpl0_wp1_read", "npt0.D-cpl0_wp1_write", "npt0.D-cpl3_exec",
-    "npt0.D-cpl3_read", "npt0.D-cpl3_write",
+    "npt0.D-cpl3_read", "npt0.D-cpl3_write", "npt1.F", "npt1.Falias", "npt1-eagerN.F", "npt1-tdpN.F",
 )  # fmt: skip
 
 
@@ -61,6 +61,14 @@ def test_the_example_that_is_shipped() -> None:
     assert not outcome.differ
 
 
-def test_what_is_not_built_is_named(truth: Path) -> None:
-    with pytest.raises(NotBuilt, match="nested paging"):
-        validate(load_scenario(truth / "npt1.F.json"))
+def test_every_file_is_named_here(truth: Path) -> None:
+    assert sorted(BUILT) == sorted(path.name.removesuffix(".json") for path in truth.glob("*.json"))
+
+
+def test_what_is_not_built_is_named(tmp_path: Path) -> None:
+    (path,) = (ROOT / "examples").glob("*.json")
+    document = json.loads(path.read_text())
+    document["steps"].append({"do": "param", "name": "mmio_caching", "value": "N"})
+    (tmp_path / "changed.json").write_text(json.dumps(document))
+    with pytest.raises(NotBuilt, match="mmio_caching"):
+        validate(load_scenario(tmp_path / "changed.json"))
