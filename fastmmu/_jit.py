@@ -1,7 +1,7 @@
 """The only importer of Numba: the `@kernel` decorator, atomic instructions and prefetch.
 
 Everything else in the package is plain Python that also runs with `NUMBA_DISABLE_JIT=1`; there the atomics below are their
-plain twins, one Python statement after another.
+plain twins.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import operator
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -267,15 +268,18 @@ if JIT:
         return types.void(array, index), codegen
 
 else:
-    # The race explorer puts arrays of its own in the place of NumPy's: for these each of the following is one step.
+    # The race explorer puts arrays of its own in the place of NumPy's: for these each of the following is one step. For others it
+    # is one by this lock: between a read and a write the interpreter may switch threads.
+    one_at_a_time = threading.Lock()
 
     def cmpxchg(array, index, expected, desired):
         """Plain twin of the atomic instruction."""
         if type(array) is not np.ndarray:
             return array.cmpxchg(index, expected, desired)
-        seen = array[index]
-        if seen == expected:
-            array[index] = desired
+        with one_at_a_time:
+            seen = array[index]
+            if seen == expected:
+                array[index] = desired
         return seen
 
     def _read_modify_write(operation):
@@ -283,8 +287,9 @@ else:
             """Plain twin of the atomic instruction."""
             if type(array) is not np.ndarray:
                 return array.modify(index, value, operation)
-            seen = array[index]
-            array[index] = operation(seen, value)
+            with one_at_a_time:
+                seen = array[index]
+                array[index] = operation(seen, value)
             return seen
 
         return modify
@@ -300,7 +305,11 @@ else:
 
     def store(array, index, value):
         """Plain twin of the atomic instruction."""
-        array[index] = value
+        if type(array) is not np.ndarray:
+            array[index] = value
+            return
+        with one_at_a_time:
+            array[index] = value
 
     def pause():
         """Nothing to do without compiled code, but for the race explorer."""

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastmmu import _jit
-from fastmmu._jit import JIT, cmpxchg, exchange, fetch_and, fetch_or, kernel, load, prefetch
+from fastmmu._jit import JIT, cmpxchg, exchange, fetch_and, fetch_or, fetch_sub, kernel, load, prefetch
 
 compiled_only = pytest.mark.skipif(not JIT, reason="needs compiled code")
 PACKAGE = Path(_jit.__file__).parent
@@ -139,12 +140,24 @@ def _count_up(array, times):
                 break
 
 
-@compiled_only
-def test_cmpxchg_is_atomic_between_threads() -> None:
-    array, times = np.zeros(1, np.uint64), 300_000
-    threads = [threading.Thread(target=_count_up, args=(array, times)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert array[0] == 2 * times
+@kernel
+def _count_down(array, times):
+    one = np.uint64(1)
+    for _ in range(times):
+        fetch_sub(array, 0, one)
+
+
+@pytest.mark.parametrize("count", [_count_up, _count_down])
+def test_atomics_are_atomic_between_threads(count: Callable[[np.ndarray, int], None]) -> None:
+    times = 300_000 if JIT else 20_000
+    array, interval = np.full(1, 2 * times, np.uint64), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=count, args=(array, times)) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert array[0] == (0 if count is _count_down else 4 * times)
