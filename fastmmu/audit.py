@@ -12,7 +12,7 @@ import numpy as np
 from fastmmu.audit_shadow import check_guest_tables, check_indirect, check_protection, check_rmap, check_shadow_pages
 from fastmmu.audit_state import State, fail, must, spte_list
 from fastmmu.bits import ACC, GPTE64, MMIO_SPTE, NPT_SPTE
-from fastmmu.hardware import FOUR_ROOTS
+from fastmmu.descent import FOUR_ROOTS
 from fastmmu.machine import Machine
 from fastmmu.machine_state import PER_VCPU, PREVIOUS_ROOTS, TABLE_WORDS, Request, SlotFlag, VcpuWord, VmWord
 from fastmmu.tlb import DIRTY, EPOCH, EXECUTE, PAGE_NUMBER

@@ -10,9 +10,9 @@ import numpy as np
 from fastmmu import guards
 from fastmmu._jit import cmpxchg, exchange, inner, load, store
 from fastmmu.bits import ACC, FROZEN, GENERATION_UPDATING, MMIO_SPTE, NPT_SPTE, ONE, PAGE_SHIFT, PFERR, ZERO
+from fastmmu.descent import descend as walk_lockless
+from fastmmu.descent import is_executable, root_for
 from fastmmu.exits import IN_KVM, request_word
-from fastmmu.hardware import descend as walk_lockless
-from fastmmu.hardware import is_executable, root_for
 from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading, unlock_for_writing
 from fastmmu.machine_state import Counter, Outcome, Running, VcpuWord, VmWord
 from fastmmu.memslot import host_frame, is_readonly, logs_dirty, mark_dirty, slot_by_gfn

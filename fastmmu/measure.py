@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastmmu._jit import cmpxchg, kernel, load
 from fastmmu.bits import NPT_SPTE, PAGE_SHIFT, ZERO
+from fastmmu.descent import NOWHERE, root_for, walk_sptes
 from fastmmu.fault import page_fault
-from fastmmu.hardware import NOWHERE, root_for, walk_sptes
 from fastmmu.machine_state import Outcome
 from fastmmu.spte import lowest, pfn_of
 from fastmmu.views import vcpu_of

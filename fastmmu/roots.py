@@ -10,8 +10,9 @@ import numpy as np
 
 from fastmmu._jit import exchange, inner, store
 from fastmmu.bits import ACC, CR0, CR3, CR4, EFER, GPTE64, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO, field
+from fastmmu.descent import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT
 from fastmmu.exits import IN_GUEST, IN_KVM, ask_one, is_asked, request_word, take_request
-from fastmmu.hardware import FOUR_ROOTS, PAE_LEVEL, PAE_ROOT_SHIFT, needs_of
+from fastmmu.hardware import needs_of
 from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, Request, Stop, VcpuWord, VmWord
 from fastmmu.memory import find_slot
 from fastmmu.paging import TWO_LEVEL

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmmu._jit import inner
 from fastmmu.bits import ACC, CR0, CR4, GPTE64, ONE, PAGE_SHIFT, PFERR, ZERO
-from fastmmu.hardware import PAE_LEVEL, root_for
+from fastmmu.descent import PAE_LEVEL, root_for
 from fastmmu.leaf import prefetch_neighbours, set_leaf
 from fastmmu.machine_state import Counter, Mapping, Outcome, VcpuWord, VmWord
 from fastmmu.memslot import logs_dirty, mark_dirty, max_mapping_level, note_write, slot_by_gfn

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastmmu._jit import inner
 from fastmmu.bits import ONE, PAGE_SHIFT, ZERO
-from fastmmu.hardware import root_for
+from fastmmu.descent import root_for
 from fastmmu.leaf import clear_leaf, prefetch_gpte, read_gpte, sync_page
 from fastmmu.machine_state import VcpuWord, VmWord
 from fastmmu.memory import find_slot

@@ -13,10 +13,10 @@ import numpy as np
 from fastmmu import dirty_log
 from fastmmu._jit import store
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, NPT_SPTE, PAGE_SHIFT, PAGE_SIZE, PFERR
+from fastmmu.descent import root_for
 from fastmmu.events import EventList, Op
 from fastmmu.fault import page_fault
 from fastmmu.guest import store_unseen
-from fastmmu.hardware import root_for
 from fastmmu.host import unmap
 from fastmmu.kvm import Kvm
 from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading, unlock_for_writing
