@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu.audit_state import State, fail, must, spte_list
-from fastmmu.bits import ACC, CR4, GPTE64, NPT_SPTE, ROLE
+from fastmmu.bits import ACC, CR4, EPT, GPTE64, NPT_SPTE, ROLE
 from fastmmu.machine_state import HASH_BUCKETS, TABLE_WORDS, SlotFlag, VcpuWord, VmWord
 
 
@@ -151,6 +151,14 @@ def guest_entries(state: State, page: np.void) -> np.ndarray:
     return halves[TABLE_WORDS * quadrant : TABLE_WORDS * (quadrant + 1)]
 
 
+def of_ept(entries: np.ndarray, flags: bool) -> np.ndarray:
+    """What entries of a hypervisor's EPT say, as ordinary ones: R as U, X as no NX; without flags A and D are as if set."""
+    gptes = entries & (GPTE64.ADDR | GPTE64.PS | GPTE64.W)
+    for bit, there in ((EPT.R | EPT.W | EPT.X, GPTE64.P), (EPT.R, GPTE64.U), (EPT.A, GPTE64.A), (EPT.D, GPTE64.D)):
+        gptes |= np.where((entries & bit != 0) | (not flags and bit in (EPT.A, EPT.D)), there, np.uint64(0))
+    return gptes | np.where(entries & EPT.X == 0, GPTE64.NX, np.uint64(0))
+
+
 def rights(gptes: np.ndarray) -> np.ndarray:
     """ACC form of entries."""
     return (gptes & (ACC.W | ACC.U)) | np.where(gptes & GPTE64.NX == 0, ACC.X, np.uint64(0))
@@ -161,6 +169,10 @@ def check_entries(state: State, at: int) -> None:
     page, spte, index = state.page[at], state.spte[at], state.index[at]
     level, role, pages = int(page["level"]), np.uint64(page["role"]), state.machine.vm.page
     gptes = guest_entries(state, page)
+    if state.machine.kvm.ept:
+        bad = gptes & (EPT.R | EPT.W) == EPT.W
+        must(~bad | (spte == 0), "spte where the hypervisor's entry is misconfigured", index)
+        gptes = of_ept(gptes, state.machine.kvm.ad)
     granted = rights(gptes) & ((role & ROLE.ACCESS) >> np.uint64(8))
     large = (gptes & GPTE64.PS != 0) & (level > 1)
     if role & ROLE.FOUR_BYTE_GPTE:

@@ -22,7 +22,7 @@ from fastmmu.guest import (
 from fastmmu.hardware import look_ahead, not_plain, walk_plainly
 from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, LogKind, Status, Stop, Touch, VcpuWord, VmWord
 from fastmmu.memslot import note_write, slot_by_id
-from fastmmu.nested_guest import end_nested, load_row, run_nested
+from fastmmu.nested_guest import end_nested, invalidate_ept, load_row, run_nested
 from fastmmu.pool import NO_TABLE, count
 from fastmmu.roots import (
     FLUSH_GUEST,
@@ -44,6 +44,7 @@ from fastmmu.walk import ALL_ONES, MODE_PAE
 (
     ACCESS, DEVICE, STORE, CR3, INVLPG, FLUSH, GENERATION, LOAD, WRITE, EXCHANGE, OPERAND, VCPU, EXIT, MODE, REGISTERS, SLOT_CREATE,
     SLOT_DELETE, SLOT_FLAGS, DIRTY_GET, DIRTY_CLEAR, UNMAP, PAGE_LIMIT, PARAMETER, AGE, VMRUN, VMEXIT,
+    INVEPT,
 ) = (np.uint8(op) for op in Op)  # fmt: skip
 LOG_MARGIN = np.uint64(256)  # rows that one event may need
 WORD_BYTES, BYTE_BITS = np.uint64(8), np.uint64(3)
@@ -383,7 +384,7 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                 if touched.status == Status.STOP:
                     return i
             elif touched.status == Status.REFLECTED:
-                write_log(vm, log, LogKind.NESTED_EXIT, 0, i, touched.address, touched.pferr)
+                write_log(vm, log, LogKind.NESTED_EXIT, np.uint8(touched.gpa), i, touched.address, touched.pferr)
                 vcpu = end_nested(vcpu.nested, vm, vcpus, vcpu, table)
                 while i < len(events) and events[i]["op"] != VMEXIT:
                     i += 1
@@ -412,6 +413,10 @@ def drive(vm, vcpus, table, prepared, log, supply, events, first):
                 return i
             leave(vm, vcpu)
             vcpu = end_nested(vcpu.nested, vm, vcpus, vcpu, table)
+        elif op == INVEPT:
+            if not enter(vm, vcpu):
+                return i
+            invalidate_ept(vcpu.nested, vm, vcpu, value)
         elif op in (MODE, REGISTERS):
             set_registers(vm, vcpu, table, value, op == REGISTERS)
         else:

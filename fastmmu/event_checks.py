@@ -31,15 +31,17 @@ class MemslotInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds the events of a machine: bits of addresses, whether CR4.PCIDE occurs, numbers of vCPUs and register rows, whether
-    there are nested guests."""
+    """What bounds the events of a machine: bits of addresses, whether CR4.PCIDE occurs, how many vCPUs, which rows of registers
+    are a processor's, what prepare_vmrun() gave, whether there are nested guests and whether they have EPT."""
 
     maxphyaddr: int
     width: int
     pcids: bool
     vcpus: int
-    registers: int
+    registers: np.ndarray
+    vmruns: np.ndarray
     nested: bool
+    ept: bool
 
 
 def refuse_event(events: np.ndarray, at: int, column: str, expected: str) -> NoReturn:
@@ -82,11 +84,16 @@ def check_events(events: np.ndarray, limits: Limits, slots: dict[int, MemslotInf
     upper = ~field(limits.maxphyaddr - 1, 0) & ~(CR3.NO_FLUSH if limits.pcids else np.uint64(0))
     refuse((op == Op.CR3) & (value & upper != 0), "value", f"an address of {limits.maxphyaddr} bits")
     refuse((op == Op.VCPU) & (value >= limits.vcpus), "value", f"a vCPU below {limits.vcpus}")
-    refuse(np.isin(op, (Op.MODE, Op.REGISTERS)) & (value >= limits.registers), "value", "a row of registers()")
-    nesting = np.isin(op, (Op.VMRUN, Op.VMEXIT))
+    sets = np.isin(op, (Op.MODE, Op.REGISTERS))
+    rows = np.append(limits.registers, False)  # the last for every row beyond
+    row = np.minimum(value, np.uint64(len(limits.registers))).astype(np.int64)
+    refuse(sets & ~rows[row], "value", "a row of registers()")
+    nesting = np.isin(op, (Op.VMRUN, Op.VMEXIT, Op.INVEPT))
     refuse(nesting & (not limits.nested), "op", "a machine with nested guests")
-    low, high = value & np.uint64(0xFFFFFFFF), value >> np.uint64(32)
-    refuse((op == Op.VMRUN) & ((low >= limits.registers) | (high >= limits.registers)), "value", "a row of prepare_vmrun()")
+    refuse((op == Op.INVEPT) & (not limits.ept), "op", "a machine with EPT")
+    enters = op == Op.VMRUN
+    enters[enters] = ~np.isin(value[enters], limits.vmruns)
+    refuse(enters, "value", "a row of prepare_vmrun()")
     refuse((op == Op.VMRUN) & (address >= np.uint64(1 << limits.maxphyaddr)), "address", f"below 2^{limits.maxphyaddr}")
     check_nesting(events, refuse)
     names = ", ".join(one.name for one in PARAMETERS)
@@ -99,9 +106,9 @@ def check_events(events: np.ndarray, limits: Limits, slots: dict[int, MemslotInf
 
 
 def check_nesting(events: np.ndarray, refuse: Callable[[np.ndarray, str, str], None]) -> None:
-    """On each vCPU VMRUN and VMEXIT take turns, and registers are not set while a nested guest runs."""
+    """On each vCPU VMRUN and VMEXIT take turns; registers are not set while a nested guest runs, nor is its hypervisor's INVEPT."""
     inside, vcpu, bad = set(), 0, np.zeros(len(events), bool)
-    for at in np.flatnonzero(np.isin(events["op"], (Op.VCPU, Op.VMRUN, Op.VMEXIT, Op.MODE))).tolist():
+    for at in np.flatnonzero(np.isin(events["op"], (Op.VCPU, Op.VMRUN, Op.VMEXIT, Op.MODE, Op.INVEPT))).tolist():
         op = events["op"][at]
         if op == Op.VCPU:
             vcpu = int(events["value"][at])
@@ -112,7 +119,7 @@ def check_nesting(events: np.ndarray, refuse: Callable[[np.ndarray, str, str], N
             bad[at] = vcpu in inside
             if op == Op.VMRUN:
                 inside.add(vcpu)
-    refuse(bad, "op", "VMRUN and VMEXIT in turn, and no MODE between them")
+    refuse(bad, "op", "VMRUN and VMEXIT in turn, and no MODE or INVEPT between them")
 
 
 def check_slot_events(events: np.ndarray, slots: dict[int, MemslotInfo], prepared: np.ndarray) -> None:

@@ -39,6 +39,7 @@ class Op(IntEnum):
     # the guest as a hypervisor
     VMRUN = 24  # address: gpa of the VMCB, value: row that Machine.prepare_vmrun() gave
     VMEXIT = 25  # the nested guest leaves by itself (VMMCALL); where a fault of it goes to its hypervisor, what follows it goes on
+    INVEPT = 26  # value: the EPTP whose translations the hypervisor drops, or 0 for all
 
 
 EVENT = np.dtype([

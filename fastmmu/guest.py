@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmmu._jit import inner
 from fastmmu.bits import GPTE64, ONE, PAGE_MASK, PAGE_OFFSET, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO
+from fastmmu.ept12 import note_exit, reflected_exit
 from fastmmu.exits import leave
 from fastmmu.fault import page_fault
 from fastmmu.hardware import ADDRESS_32, access_gpa, not_plain, translate_page, walk_and_insert
@@ -81,6 +82,7 @@ def access_bytes(vm, vcpu, log, event, gva, size, access, missed, tried):
             if vm.word[VmWord.LOG_FAULTS] != ZERO:
                 write_log(vm, log, LogKind.EXIT, 0, event, touched.address, touched.pferr)
             leave(vm, vcpu)
+            note_exit(vcpu.nested, vcpu.own, touched.pferr)
             outcome = page_fault(vm, kvm_view(vcpu.nested, vcpu), touched.address, touched.pferr)
             if outcome == Outcome.EMULATE:
                 if fetching:  # the instruction itself has become a device
@@ -114,8 +116,9 @@ def access_bytes(vm, vcpu, log, event, gva, size, access, missed, tried):
 @inner
 def reflected(vcpu, address, pferr):
     """A nested guest's fault goes to its hypervisor: the rights are those of the walk of its tables, whether the address was a
-    final one or of an entry is the processor's word."""
-    return Touch(Status.REFLECTED, ZERO, address, (pferr & (PFERR.GUEST_FINAL | PFERR.GUEST_PAGE)) | vcpu.own[VcpuWord.INJECTED])
+    final one or of an entry is the processor's word. The gpa's place has the reason."""
+    reason, code = reflected_exit(vcpu.nested, vcpu.own, pferr)
+    return Touch(Status.REFLECTED, reason, address, code)
 
 
 @inner

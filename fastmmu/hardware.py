@@ -183,6 +183,24 @@ def set_guest_bits(vm, vcpu, mode, table, gva, leaf_level, write):
 
 
 @inner
+def ask_for_bits(vm, vcpu, mode, table, gva, leaf_level, write):
+    """(address of the first entry whose A or D may not be set, error code), or (NOWHERE, 0): each that is to change is written to,
+    and none is changed before all may be."""
+    level = mode.levels
+    while True:
+        gpte = vcpu.trail[level]
+        if gpte & GPTE64.A == ZERO or (level == leaf_level and write and gpte & GPTE64.D == ZERO):
+            entry = table + table_index(gva, level, mode.index_bits) * (ONE << (PAGE_SHIFT - mode.index_bits))
+            mapped, answer, _ = touch_gpa(vm, vcpu, entry, TABLE_ACCESS | PFERR.W)
+            if not mapped:
+                return entry, answer
+        if level == leaf_level:
+            return NOWHERE, ZERO
+        table = gpte & mode.root
+        level -= ONE
+
+
+@inner
 def walk_guest(vm, vcpu, gva, access):
     """Translate `gva` by the guest's tables, each entry's address by the sptes; the final address is left to the caller.
 
@@ -237,8 +255,12 @@ def walk_guest(vm, vcpu, gva, access):
         dirty = gpte & GPTE64.D != ZERO or write
         if rights & GPTE64.A == ZERO or (write and gpte & GPTE64.D == ZERO):
             if table_access & PFERR.W == ZERO:  # the tables were only read so far
-                table_access |= PFERR.W
-                continue
+                if not is_nested(vcpu.nested, vcpu.own):
+                    table_access |= PFERR.W
+                    continue
+                entry, answer = ask_for_bits(vm, vcpu, mode, root, gva, level, write)
+                if entry != NOWHERE:
+                    return leaves(entry, answer), ONE, ZERO, False
             if not set_guest_bits(vm, vcpu, mode, root, gva, level, write):
                 continue
         if mode.keys:
@@ -317,10 +339,14 @@ def translate_page(vm, vcpu, gva, access):
 
 @inner
 def final_access(vm, access):
-    """The error code's bits for the address that a walk came to: with two-dimensional paging a user access, whoever asks."""
+    """The error code's bits for the address that a walk came to: with two-dimensional paging a user access, whoever asks; but EPT
+    says so of a read alone (facts 2.2)."""
     if vm.word[VmWord.TDP] == ZERO:
         return access & ACCESS_BITS
-    return (access & (PFERR.W | PFERR.F)) | FINAL_ACCESS
+    kind = access & (PFERR.W | PFERR.F)
+    if vm.word[VmWord.EPT] != ZERO and kind != ZERO:
+        return kind | PFERR.GUEST_FINAL
+    return kind | FINAL_ACCESS
 
 
 @inner
@@ -341,6 +367,8 @@ def walk_and_insert(vm, vcpu, gva, access):
     mapped, answer, place = touch_gpa(vm, vcpu, touched.gpa, final_access(vm, access))
     if not mapped:
         return leaves(touched.gpa, answer)
+    if is_nested(vcpu.nested, vcpu.own) and answer & vm.word[VmWord.USER] == ZERO:
+        return Touch(Status.DONE, place, ZERO, ZERO)  # execute-only: a TLB entry would be read through
     writable = is_writable(answer) and (answer & vm.word[VmWord.DIRTY] != ZERO or vm.word[VmWord.DIRTY] == ZERO)
     insert(vcpu.tlb, gva, place, rights, level, dirty and writable, is_executable(vm.word, answer))
     return Touch(Status.DONE, place, ZERO, ZERO)

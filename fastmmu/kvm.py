@@ -31,7 +31,7 @@ class Kvm:
         pml: page-modification logging; needs tdp and ad.
         manual_protect, initially_set: the dirty-log capability.
         page_1g: huge pages of 1 GiB.
-        nested: the guest may be a hypervisor; needs tdp, with NPT.
+        nested: the guest may be a hypervisor, which has NPT or EPT as `ept` says; needs tdp, without pml.
         next_rip: the processor says where the next instruction is, so that VMRUN is not emulated to step over it.
         host_maxphyaddr: physical-address bits of the host.
         generation: memslot generation at the start.
@@ -88,8 +88,8 @@ class Kvm:
             raise ValueError("ad: False, expected True for NPT and shadow paging, whose entries always have A and D")
         if self.pml and not (self.tdp and self.ad):
             raise ValueError("pml: True, expected False without tdp or without ad")
-        if self.nested and (not self.tdp or self.ept):
-            raise ValueError("nested: True, expected tdp with NPT")
+        if self.nested and (not self.tdp or self.pml):
+            raise ValueError("nested: True, expected tdp, and no pml")
         if self.initially_set and not self.manual_protect:
             raise ValueError("initially_set: True, expected manual_protect with it")
 

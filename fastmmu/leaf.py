@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmmu._jit import exchange, inner, load
 from fastmmu.bits import ACC, GPTE64, HALF_SHIFT, ONE, PAGE_SHIFT, ROLE, WORD_SHIFT, ZERO
+from fastmmu.ept12 import gpte_of, is_bad, is_ept12
 from fastmmu.machine_state import Counter, Outcome, VmWord
 from fastmmu.memslot import host_frame, is_readonly, logs_dirty, mark_dirty, slot_by_gfn
 from fastmmu.pool import NONE, TABLE_SIZE, count, count_leaf, flush_remote
@@ -26,8 +27,20 @@ from fastmmu.rmap import (
     remember,
     rmap_index,
 )
-from fastmmu.spte import INDEX_BITS, is_mmio, is_present, is_table, is_writable, make_leaf, make_mmio, mmio_gfn, pfn_of
-from fastmmu.state import NO_SLOT, Reg
+from fastmmu.spte import (
+    INDEX_BITS,
+    is_access_tracked,
+    is_mmio,
+    is_present,
+    is_table,
+    is_writable,
+    make_leaf,
+    make_mmio,
+    mark_old,
+    mmio_gfn,
+    pfn_of,
+)
+from fastmmu.state import NO_SLOT
 from fastmmu.unsync import may_be_shadowed, refuses_write
 from fastmmu.walk import access_of, reserved_row
 
@@ -51,9 +64,20 @@ def make_shadow_leaf(vm, vcpu, slot, gfn, level, access, old, can_unsync, host_w
             vm.word[VmWord.UNASKED] += ONE
     rights = access & ~ACC.W if refused else access
     spte = make_leaf(vm.word, host_frame(vm.frames, gfn), level, rights, old, host_writable, prefetch)
+    if prefetch:
+        spte = untouched(vcpu.nested, vm.word, spte)
     if is_writable(spte):
         mark_dirty(vm, slot, gfn)
     return spte, refused
+
+
+@inner
+def untouched(nested, word, spte):
+    """A leaf that nobody asked for. Where sptes have no A it is access-tracked, so that its first use is seen (facts 5.12.4); of
+    shadow pages of a guest's tables these are a nested guest's alone."""
+    if nested is None:
+        return spte
+    return spte if word[VmWord.AD] != ZERO else mark_old(word, spte)
 
 
 @inner(inline=True)
@@ -187,14 +211,15 @@ def read_gpte(vm, index):
 @inner(inline=True)
 def is_invalid(vcpu, gpte):
     """Whether nothing is mapped by an entry without asking the guest's walk: not present, never accessed, reserved bits."""
-    if gpte & (GPTE64.P | GPTE64.A) != GPTE64.P | GPTE64.A:
+    if gpte_of(vcpu.nested, vcpu.mmu, gpte) & (GPTE64.P | GPTE64.A) != GPTE64.P | GPTE64.A:
         return True
-    return gpte & vcpu.mmu.reserved[reserved_row(gpte & vcpu.mmu.reg[Reg.LARGE], ONE)] != ZERO
+    return is_bad(vcpu.nested, vcpu.mmu, gpte, ONE)
 
 
 @inner(inline=True)
-def rights_of(vm, index, gpte):
+def rights_of(vm, vcpu, index, entry):
     """What the page's role and the entry grant; no write before D is set (facts 1.1, W16)."""
+    gpte = gpte_of(vcpu.nested, vcpu.mmu, entry)
     role = np.uint64(vm.page[index >> INDEX_BITS]["role"])
     access = ((role & ROLE.ACCESS) >> np.uint64(8)) & access_of(gpte ^ GPTE64.NX)
     return access & ~ACC.W if gpte & GPTE64.D == ZERO else access
@@ -221,7 +246,7 @@ def prefetch_gpte(vm, vcpu, index, gpte, unlogged):
     if is_invalid(vcpu, gpte):
         clear_leaf(vm, vcpu.stat, index)
         return False
-    gfn, access = gfn_of(gpte), rights_of(vm, index, gpte)
+    gfn, access = gfn_of(gpte), rights_of(vm, vcpu, index, gpte)
     number = slot_by_gfn(vm, vcpu, gfn)
     if number == NO_SLOT:
         return False
@@ -261,6 +286,7 @@ def sync_group(vm, vcpu, table, first):
     if word[VmWord.SYNC_SKIPS_UNCHANGED] != ZERO:
         bits = ZERO
     alike = word[VmWord.LOGGING_SLOTS] == ZERO and role & ROLE.FOUR_BYTE_GPTE == ZERO
+    alike = alike and not is_ept12(vcpu.nested, vcpu.mmu)
     reserved, granted = vcpu.mmu.reserved[reserved_row(ZERO, ONE)], (role & ROLE.ACCESS) >> ACCESS_SHIFT
     start = ((vm.page[table]["gfn"] << PAGE_SHIFT) >> WORD_SHIFT) + (first & (TABLE_SIZE - ONE))
     for i in range(PREFETCH_PAGES):
@@ -288,11 +314,11 @@ def sync_leaf(vm, vcpu, index):
     if is_invalid(vcpu, gpte):
         clear_leaf(vm, vcpu.stat, index)
         return True
-    gfn, access = gfn_of(gpte), rights_of(vm, index, gpte)
+    gfn, access = gfn_of(gpte), rights_of(vm, vcpu, index, gpte)
     if is_mmio(vm.word, old):
         vm.spt[index] = make_mmio(vm.word, gfn, access) if mmio_gfn(old) == gfn else ZERO
         return False
-    if gfn_of_entry(vm, index) != gfn:
+    if gfn_of_entry(vm, index) != gfn or (access == ZERO and is_ept12(vcpu.nested, vcpu.mmu)):
         drop_leaf(vm, vcpu.stat, index)
         return True
     if vm.word[VmWord.SYNC_SKIPS_UNCHANGED] != ZERO and access_of_entry(vm, index) == access:
@@ -302,4 +328,6 @@ def sync_leaf(vm, vcpu, index):
     host_writable = old & vm.word[VmWord.HOST_WRITABLE] != ZERO
     spte, _ = make_shadow_leaf(vm, vcpu, slot, gfn, ONE, access, old, False, host_writable, True)
     vm.spt[index] = spte
-    return loses(vm.word, old, spte)
+    if loses(vm.word, old, spte):
+        return True
+    return is_access_tracked(vm.word, spte) and not is_access_tracked(vm.word, old)

@@ -12,6 +12,7 @@ import numpy as np
 from fastmmu.bits import CR0, CR4, GPTE64, PAGE_SIZE, PHYSICAL_LIMIT
 from fastmmu.checks import checked_int
 from fastmmu.drive import drive
+from fastmmu.ept import EptCaps, checked_eptp
 from fastmmu.event_checks import Limits, MemslotInfo, check_events
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import FLAGS, Kvm, set_spte_masks
@@ -35,8 +36,8 @@ from fastmmu.machine_state import (
     Words,
 )
 from fastmmu.memory import GuestMemory, reserve
-from fastmmu.paging import Cpu, Mode, PlainColumn, permission_bytes, plain_checks, reserved_masks
-from fastmmu.processor import load_registers
+from fastmmu.paging import Cpu, Mode, PlainColumn
+from fastmmu.processor import Ept12, tables_of
 from fastmmu.rmap import DESC_WORDS
 from fastmmu.state import TRAIL_LENGTH, MemoryState, MmuState, Reg, SlotKind
 
@@ -96,7 +97,8 @@ class Machine:
         self.slots: dict[int, MemslotInfo] = {}
         self._maxphyaddr = cpu.maxphyaddr
         self._prepared = np.zeros(0, MEMSLOT)
-        self._cpus: list[Cpu] = []
+        self._rows: list[Cpu | Ept12] = []
+        self._vmruns: set[int] = set()
         self._table = RegisterTable(MmuState(*(np.zeros(0),) * 4), np.zeros(0))
         self._log = np.zeros(LOG_ROWS, LOG)
         self._make_vm(tables)
@@ -105,7 +107,7 @@ class Machine:
     @property
     def cpus(self) -> tuple[Cpu, ...]:
         """The register settings that its vCPUs have had so far."""
-        return tuple(self._cpus)
+        return tuple(row for row in self._rows if isinstance(row, Cpu))
 
     # --- making it
 
@@ -163,8 +165,8 @@ class Machine:
         """
         if not isinstance(cpu, Cpu):
             raise ValueError(f"cpu: {type(cpu).__name__}, expected a Cpu")
-        if cpu in self._cpus:
-            return self._cpus.index(cpu)
+        if cpu in self._rows:
+            return self._rows.index(cpu)
         if cpu.maxphyaddr != self._maxphyaddr:
             raise ValueError(f"maxphyaddr: {cpu.maxphyaddr}, expected {self._maxphyaddr}, the machine's")
         if cpu.mode == Mode.PAE and self.kvm.tdp:
@@ -173,32 +175,50 @@ class Machine:
             raise ValueError("cr4: PKE, expected none without tdp: KVM offers no protection keys under shadow paging")
         if cpu.cr3 & int(GPTE64.ADDR) >> self._maxphyaddr << self._maxphyaddr:
             raise ValueError(f"cr3: {cpu.cr3:#x}, expected an address of {self._maxphyaddr} bits")
-        self._cpus.append(cpu)
-        reg = np.zeros((len(self._cpus), len(Reg)), np.uint64)
-        for row, one in zip(reg, self._cpus, strict=True):
-            load_registers(row, one)
-        derived = (np.array([make(one) for one in self._cpus]) for make in (reserved_masks, permission_bytes, plain_checks))
-        raw = np.array([(one.cr0, one.cr4, one.efer) for one in self._cpus], np.uint64)
-        self._table = RegisterTable(MmuState(reg, *derived), raw)
-        return len(self._cpus) - 1
+        return self._add_row(cpu)
 
-    def prepare_vmrun(self, l1: Cpu, l2: Cpu, nested_cr3: int) -> int:
+    def _add_row(self, one: Cpu | Ept12) -> int:
+        """A row of the register table."""
+        if one not in self._rows:
+            self._rows.append(one)
+            columns = zip(*(tables_of(row) for row in self._rows), strict=True)
+            raw = [(row.cr0, row.cr4, row.efer) if isinstance(row, Cpu) else (0, 0, 0) for row in self._rows]
+            self._table = RegisterTable(MmuState(*map(np.array, columns)), np.array(raw, np.uint64))
+        return self._rows.index(one)
+
+    def prepare_vmrun(self, l1: Cpu, l2: Cpu, tables: int) -> int:
         """Rows of registers for a VMRUN event: those of the nested guest, and those by which KVM walks the tables that it is given.
 
         Args:
-            l1: registers of the hypervisor, which pages in long mode.
+            l1: registers of the hypervisor, which with NPT pages in long mode.
             l2: registers of its guest.
-            nested_cr3: gpa of the top table from `l2`'s physical addresses to those of `l1`.
+            tables: of the tables from `l2`'s physical addresses to those of `l1`: with NPT the nested CR3, with EPT the EPTP.
 
         Raises:
-            ValueError: the machine has no nested guests, or a value out of range.
+            ValueError: the machine has no nested guests, or a value out of range; EptpError: no VM entry accepts the EPTP.
+            NotBuilt: NPT of a hypervisor that is not in long mode; an EPTP that enables A and D where sptes have none, or the
+                opposite; an EPT for fewer bits than physical addresses have.
         """
         if not self.kvm.nested:
             raise ValueError("vmrun: expected a machine with Kvm(nested=True)")
+        row = self._ept_row(tables) if self.kvm.ept else self._npt_row(l1, tables)
+        self._vmruns.add(self.registers(l2) | row << 32)
+        return self.registers(l2) | row << 32
+
+    def _npt_row(self, l1: Cpu, nested_cr3: int) -> int:
         tables = replace(l1, cr0=int(CR0.PE | CR0.PG), cr3=nested_cr3, cr4=l1.cr4 & ~int(CR4.PKE | CR4.PCIDE | CR4.PKS))
         if tables.mode not in (Mode.LONG4, Mode.LONG5):
             raise NotBuilt("nested tables of a hypervisor that is not in long mode")
-        return self.registers(l2) | self.registers(tables) << 32
+        return self.registers(tables)
+
+    def _ept_row(self, eptp: int) -> int:
+        tables = Ept12(eptp, EptCaps(maxphyaddr=self._maxphyaddr, page_1g=self.kvm.page_1g))
+        state = checked_eptp(eptp, tables.caps)
+        if bool(state.accessed) != self.kvm.ad:  # the masks of sptes are the VM's, not a shadow page's
+            raise NotBuilt(f"eptp {eptp:#x}: A and D in one of the EPT and the sptes that shadow it")
+        if self._maxphyaddr > 12 + 9 * int(state.levels):
+            raise NotBuilt(f"eptp {eptp:#x}: {int(state.levels)} levels for addresses of {self._maxphyaddr} bits")
+        return self._add_row(tables)
 
     def prepare_slot(self, slot: int, gpa: int, size: int, flags: int = 0, *, host_level: int = 1, hva_offset: int = 0) -> int:
         """Row of a memslot for a SLOT_CREATE event.
@@ -386,11 +406,13 @@ class Machine:
     def _limits(self) -> Limits:
         return Limits(
             maxphyaddr=self._maxphyaddr,
-            width=57 if any(cpu.mode == Mode.LONG5 for cpu in self._cpus) else 48,
-            pcids=any(cpu.cr4 & int(CR4.PCIDE) for cpu in self._cpus),
+            width=57 if any(cpu.mode == Mode.LONG5 for cpu in self.cpus) else 48,
+            pcids=any(cpu.cr4 & int(CR4.PCIDE) for cpu in self.cpus),
             vcpus=self.vcpus,
-            registers=len(self._cpus),
+            registers=np.array([isinstance(row, Cpu) for row in self._rows]),
+            vmruns=np.array(sorted(self._vmruns), np.uint64),
             nested=self.kvm.nested,
+            ept=self.kvm.ept,
         )
 
     def _follow_slots(self) -> None:

@@ -227,7 +227,9 @@ class VcpuWord(IntEnum):
     REGISTERS = NESTED + 2  # row of the register table that was loaded last,
     KEPT_CR3 = NESTED + 3  # and CR3 while the nested guest runs
     VMCB = NESTED + 4  # gpa of the block that describes the nested guest
-    PML_LOG = NESTED + 5  # gfns that page-modification logging noted
+    QUALIFICATION = NESTED + 5  # of the walk of a hypervisor's EPT that failed last: bits 5:0
+    EXIT_CODE = NESTED + 6  # error code of the processor's last exit
+    PML_LOG = NESTED + 7  # gfns that page-modification logging noted
 
 
 PREVIOUS_ROOTS = 3
@@ -274,7 +276,8 @@ class LogKind(IntEnum):
     EXIT = 4  # a fault that exits to KVM; address, value: error code
     ACCESSED = 5  # address: gva, value: gpa
     GENERAL_PROTECTION = 6  # delivered to the guest; address: the value that CR3 did not take
-    NESTED_EXIT = 7  # a fault of a nested guest that its hypervisor sees; address: the nested gpa, value: error code
+    NESTED_EXIT = 7  # a fault of a nested guest that its hypervisor sees; address: the nested gpa, value: error code; with
+    # EPT size is the reason, 48 or 49, and value the qualification
 
 
 LOG = np.dtype([

@@ -1,8 +1,8 @@
 """A guest that is a hypervisor runs a guest of its own: VMRUN, and the ways back (facts 2.5).
 
-L1 gives L2 tables from L2's gpas to its own (NPT12, at the nested CR3). KVM shadows them, page by page, as it would shadow the
-tables of a guest that pages; the processor walks these shadow pages (NPT02) for L2. Follows `nested_svm_vmrun`,
-`nested_svm_vmexit` and `kvm_init_shadow_npt_mmu` of Linux 6.1.
+L1 gives L2 tables from L2's gpas to its own (NPT12 at the nested CR3, or EPT12 at the EPTP). KVM shadows them, page by page, as it
+would shadow the tables of a guest that pages; the processor walks these shadow pages (NPT02, EPT02) for L2. Follows
+`nested_svm_vmrun`, `nested_svm_vmexit`, `kvm_init_shadow_npt_mmu`, `kvm_init_shadow_ept_mmu` and `handle_invept` of Linux 6.1.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import inner
-from fastmmu.bits import CR0, CR4, EFER, ONE, PAGE_SHIFT, ROLE, ZERO
+from fastmmu.bits import CR0, CR4, EFER, EPT, ONE, PAGE_SHIFT, ROLE, ZERO
 from fastmmu.exits import ask_one, leave
-from fastmmu.machine_state import Counter, VcpuWord, VmWord
+from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, VcpuWord, VmWord
 from fastmmu.memslot import mark_dirty, slot_by_gfn
-from fastmmu.pool import count
-from fastmmu.roots import FLUSH_CURRENT, MMU_SYNC, new_pgd
+from fastmmu.pool import NO_TABLE, count
+from fastmmu.roots import FLUSH_CURRENT, FLUSH_GUEST, MMU_SYNC, drop_current, drop_previous, new_pgd
+from fastmmu.shadow import commit_zapped
 from fastmmu.state import NO_SLOT, Reg
 from fastmmu.tlb import flush
-from fastmmu.views import kvm_view, vcpu_of
+from fastmmu.views import kvm_view, turned, vcpu_of
 
 ROW_BITS, ROW_MASK = np.uint64(32), np.uint64(0xFFFFFFFF)
 NO_FETCH = ZERO
@@ -55,6 +56,12 @@ def nested_role(cr4, efer):
 
 
 @inner
+def ept_role(nested):
+    """The same for tables that are an EPT (`kvm_calc_shadow_ept_root_page_role`)."""
+    return ROLE.ACCESS | ROLE.GUEST_MODE | (ROLE.AD_DISABLED if nested.reg[Reg.EPT_FLAGS] == ZERO else ZERO)
+
+
+@inner
 def touch_vmcb(vm, vcpu, gpa):
     """KVM writes to the block that describes the nested guest."""
     number = slot_by_gfn(vm, vcpu, gpa >> PAGE_SHIFT)
@@ -64,8 +71,12 @@ def touch_vmcb(vm, vcpu, gpa):
 
 @inner
 def switch(vm, vcpu):
-    """The other guest runs from now on: the processor's TLB is emptied, and before the entry what is shadowed is synced."""
+    """The other guest runs from now on: the processor's TLB is emptied, and before the entry what is shadowed is synced. Not with
+    EPT, whose translations a hypervisor drops by INVEPT alone (`nested_vmx_transition_tlb_flush`)."""
     flush(vcpu.tlb)
+    if vm.word[VmWord.EPT] != ZERO:
+        ask_one(vm, vcpu, FLUSH_GUEST)
+        return
     ask_one(vm, vcpu, MMU_SYNC | FLUSH_CURRENT)
 
 
@@ -91,7 +102,10 @@ def run_nested(nested, vm, vcpus, vcpu, table, vmcb, rows):
     other = vcpu.other.own
     other[VcpuWord.CR0], other[VcpuWord.CR4], other[VcpuWord.EFER] = CR0.PG, table.raw[tables, 1], table.raw[tables, 2]
     other[VcpuWord.ROOT_LEVEL] = nested.reg[Reg.MODE]
-    other[VcpuWord.ROOT_ROLE] = nested_role(table.raw[tables, 1], table.raw[tables, 2])
+    if nested.reg[Reg.EPT] == ZERO:
+        other[VcpuWord.ROOT_ROLE] = nested_role(table.raw[tables, 1], table.raw[tables, 2])
+    else:
+        other[VcpuWord.ROOT_ROLE] = ept_role(nested)
     other[VcpuWord.FETCH_ACCESS] = NO_FETCH
     vm.word[VmWord.SHADOW_ROOTS] = ONE
     inside = vcpu_of(vcpus, number)
@@ -113,3 +127,26 @@ def end_nested(nested, vm, vcpus, vcpu, table):
     outside = vcpu_of(vcpus, number)
     switch(vm, outside)
     return outside
+
+
+@inner
+def invalidate_ept(nested, vm, vcpu, eptp):
+    """INVEPT by L1, of the tables of one EPTP or of all (0): the roots that shadow them go, and who loads one again syncs it.
+    `nested` is the vCPU's."""
+    if nested is None:
+        return
+    leave(vm, vcpu)
+    inside = turned(nested, vcpu)
+    own = inside.own
+    for i in range(PREVIOUS_ROOTS):
+        if is_of_ept(own[VcpuWord.PREVIOUS_PGD + i], eptp):
+            drop_previous(vm, inside, np.uint64(i))
+    if own[VcpuWord.ROOT] != NO_TABLE and is_of_ept(own[VcpuWord.PGD], eptp):
+        drop_current(vm, inside)
+    commit_zapped(vm, vcpu.stat, False)
+
+
+@inner
+def is_of_ept(pgd, eptp):
+    """Whether a root is for the tables of an EPTP, 0 being any: memory type and flags do not count."""
+    return eptp == ZERO or (pgd ^ eptp) & EPT.ADDR == ZERO

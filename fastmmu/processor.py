@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from fastmmu.bits import CR0, CR4, GPTE64
+from fastmmu.bits import ACC, CR0, CR4, EPT, EPTP, GPTE64, PFERR
+from fastmmu.ept import EptCaps, misconfigured_patterns, reserved_bits
 from fastmmu.memory import GuestMemory
 from fastmmu.paging import (
     Cpu,
     Mode,
+    PlainColumn,
     alignment_check,
     key_rights,
     pdpte_reserved,
@@ -23,6 +26,14 @@ from fastmmu.state import TRAIL_LENGTH, MmuState, Reg, VmState
 
 class GeneralProtection(ValueError):
     """CR3 cannot be loaded: a present PDPTE of PAE paging sets reserved bits, and the processor answers with #GP."""
+
+
+@dataclass(frozen=True)
+class Ept12:
+    """An EPT that a hypervisor gives its guest: an EPTP that VM entry accepts, and what the hypervisor's processor can do."""
+
+    eptp: int
+    caps: EptCaps
 
 
 def load_registers(reg: np.ndarray, cpu: Cpu) -> None:
@@ -39,10 +50,34 @@ def load_registers(reg: np.ndarray, cpu: Cpu) -> None:
 
 
 @lru_cache(maxsize=64)
-def _tables_of(cpu: Cpu) -> MmuState:
+def tables_of(one: Cpu | Ept12) -> MmuState:
+    """State that follows from registers, or from an EPTP."""
     reg = np.zeros(len(Reg), np.uint64)
-    load_registers(reg, cpu)
-    return MmuState(reg, reserved_masks(cpu), permission_bytes(cpu), plain_checks(cpu))
+    if isinstance(one, Ept12):
+        load_eptp(reg, one)
+        return MmuState(reg, reserved_bits(one.caps), ept_permissions(), np.zeros((16, len(PlainColumn)), np.uint64))
+    load_registers(reg, one)
+    return MmuState(reg, reserved_masks(one), permission_bytes(one), plain_checks(one))
+
+
+def load_eptp(reg: np.ndarray, tables: Ept12) -> None:
+    """Set uint64[len(Reg)] for tables of EPT: CR3 is the whole EPTP, by which roots are kept (facts 9.1)."""
+    reg[Reg.CR3], reg[Reg.MODE] = tables.eptp, ((tables.eptp & int(EPTP.LENGTH)) >> 3) + 1
+    reg[Reg.PFERR_ACCESS] = PFERR.W | PFERR.U | PFERR.F
+    reg[Reg.LARGE], reg[Reg.EPT] = EPT.PS, 1
+    reg[Reg.EPT_FLAGS] = EPT.A | EPT.D if tables.eptp & int(EPTP.AD) else 0
+    reg[Reg.EPT_BAD] = misconfigured_patterns(tables.caps)
+
+
+def ept_permissions() -> np.ndarray:
+    """Permission table (see `paging.permission_bytes`) of EPT: U asks for R, which stands where U does, W for W, F for X."""
+    table = np.zeros(16, np.uint8)
+    for kind in range(16):
+        asked = ((PFERR.W, ACC.W), (PFERR.U, ACC.U), (PFERR.F, ACC.X))
+        needed = sum(int(right) for one, right in asked if kind << 1 & int(one))
+        for access in range(int(ACC.ALL) + 1):
+            table[kind] |= (access & needed != needed) << access
+    return table
 
 
 def load_pdptes(ram: GuestMemory, cpu: Cpu) -> list[int]:
@@ -69,7 +104,7 @@ def mmu_of(ram: GuestMemory, cpu: Cpu) -> MmuState:
     """
     if not isinstance(ram, GuestMemory) or not isinstance(cpu, Cpu):
         raise ValueError(f"expected a GuestMemory and a Cpu, not {type(ram).__name__} and {type(cpu).__name__}")
-    mmu = _tables_of(cpu)
+    mmu = tables_of(cpu)
     if cpu.mode == Mode.PAE:
         reg = mmu.reg.copy()
         reg[Reg.PDPTE0 : Reg.PDPTE3 + 1] = load_pdptes(ram, cpu)

@@ -428,8 +428,9 @@ def serve(vm, vcpu):
     if take_request(vm, vcpu, FLUSH_CURRENT):
         count_flush(vcpu)
     if take_request(vm, vcpu, FLUSH_GUEST):
-        sync_roots(vm, vcpu)
-        free_unsync_roots(vm, vcpu)
+        if vm.word[VmWord.TDP] == ZERO:  # flushes do not reach what a hypervisor's EPT says
+            sync_roots(vm, vcpu)
+            free_unsync_roots(vm, vcpu)
         count_flush(vcpu)
     take_request(vm, vcpu, LOAD_ROOT)
     if vcpu.own[VcpuWord.ROOT] == NO_TABLE and not load_root(vm, vcpu):

@@ -9,16 +9,17 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import inner
-from fastmmu.bits import ACC, CR0, CR4, GPTE64, ONE, PAGE_SHIFT, PFERR, ZERO
+from fastmmu.bits import ACC, CR0, CR4, EPT, GPTE64, ONE, PAGE_SHIFT, PFERR, ZERO
 from fastmmu.descent import PAE_LEVEL, root_for
+from fastmmu.ept12 import gpte_of, is_ept12, walk_ept12
 from fastmmu.leaf import prefetch_neighbours, set_leaf
-from fastmmu.machine_state import Counter, Mapping, Outcome, VcpuWord, VmWord
+from fastmmu.machine_state import PREVIOUS_ROOTS, Counter, Mapping, Outcome, VcpuWord, VmWord
 from fastmmu.memslot import logs_dirty, mark_dirty, max_mapping_level, note_write, slot_by_gfn
 from fastmmu.pool import NO, NO_TABLE, NONE, YES, count
 from fastmmu.shadow import child_role, get_shadow_page, leads_to, link, role_of
 from fastmmu.spte import entry_of, frame_at, is_table, pages_at, pfn_of
 from fastmmu.state import NO_SLOT, Reg
-from fastmmu.sync import invalidate_current, sync_children
+from fastmmu.sync import invalidate_current, invalidate_under, sync_children
 from fastmmu.tlb import invalidate
 from fastmmu.views import is_nested
 from fastmmu.walk import ALL_ONES, WRITTEN, access_of, mode_of, read_entry, table_index, walk_exact
@@ -39,7 +40,24 @@ def top_table(vcpu, mode, gva):
 
 @inner
 def walk_for_kvm(vm, vcpu, gva, access):
-    """KVM walks the guest's tables (facts 1): the Walk. A and D that it sets are logged, and taken over into the trail."""
+    """KVM walks the guest's tables (facts 1), or those that a hypervisor gave its guest: the Walk. A and D that it sets are logged,
+    and taken over into the trail."""
+    return walk_tables(vcpu.nested, vm, vcpu, gva, access)
+
+
+@inner
+def walk_tables(nested, vm, vcpu, gva, access):
+    """The same; `nested` is the vCPU's."""
+    if nested is None:
+        return walk_gptes(vm, vcpu, gva, access)
+    if vcpu.mmu.reg[Reg.EPT] == ZERO:
+        return walk_gptes(vm, vcpu, gva, access)
+    return walk_ept12(vm, vcpu, gva, access)
+
+
+@inner
+def walk_gptes(vm, vcpu, gva, access):
+    """The same for ordinary entries."""
     walk = walk_exact(vm.mem, vcpu.mmu, vcpu.trail, gva, access)
     if not walk.ok or vcpu.trail[WRITTEN] == ZERO:
         return walk
@@ -188,7 +206,7 @@ def fetch(vm, vcpu, number, gva, walk, access, limit):
     while level > walk.level:
         clear_flood(vm, table)
         index = entry_of(table, page, level)
-        gpte = vcpu.trail[level]
+        gpte = gpte_of(vcpu.nested, vcpu.mmu, vcpu.trail[level])
         rights &= gpte ^ GPTE64.NX
         guest_table = gpte & mode.root
         role = child_role(role_of(vm, index), index, access_of(rights), False)
@@ -225,7 +243,20 @@ def inject(vm, vcpu, gva, pferr):
         invalidate(vcpu.tlb, gva)
         if vcpu.own[VcpuWord.ROOT] != NO_TABLE:
             invalidate_current(vm, vcpu, gva)
+    if is_ept12(vcpu.nested, vcpu.mmu):
+        invalidate_same_ept(vm, vcpu, gva)
     return Outcome.INJECT
+
+
+@inner
+def invalidate_same_ept(vm, vcpu, gpa):
+    """Before a fault of EPT goes to the hypervisor: the address under kept roots of the same tables, whose EPTP may say something
+    else besides the address (facts 2.3.5)."""
+    own = vcpu.own
+    for i in range(PREVIOUS_ROOTS):
+        root = own[VcpuWord.PREVIOUS_ROOT + i]
+        if root != NO_TABLE and (own[VcpuWord.PREVIOUS_PGD + i] ^ vcpu.mmu.reg[Reg.CR3]) & EPT.ADDR == ZERO:
+            invalidate_under(vm, vcpu, gpa, root, np.uint64(vm.page[root]["level"]))
 
 
 @inner(inline=True)

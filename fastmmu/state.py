@@ -55,6 +55,10 @@ class Reg(IntEnum):
     PDPTE2 = 11
     PDPTE3 = 12
     PDPTE_RESERVED = 13  # bits that a present one must not set when it is loaded
+    # of the tables that a hypervisor gives its guest
+    EPT = 14  # 1: they are an EPT, and CR3 is the EPTP
+    EPT_FLAGS = 15  # the bits A and D of its entries, where the EPTP enables them
+    EPT_BAD = 16  # bit n: an entry whose bits 5:0 are n is misconfigured
 
 
 class MmuState(NamedTuple):

@@ -14,7 +14,7 @@ from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine, NotBuilt
 from fastmmu.machine_state import LogKind, SlotFlag, Stop, VcpuWord, VmWord
 from fastmmu.paging import Cpu
-from fastmmu.reference.nested import NestedWalker, NptDimension
+from fastmmu.reference.nested import NESTED_PAGE_FAULT, EptDimension, NestedWalker, NptDimension
 from fastmmu.reference.walk import Memory
 
 PAGES = 256
@@ -35,36 +35,52 @@ KVMS = {
 }
 
 
-def chain(words: np.ndarray, root: int, to: int) -> None:
+def chain(words: np.ndarray, root: int, to: int, rights: int) -> None:
     """Three upper tables from the page at `root` on; `to` is added to their addresses."""
     for level in range(3):
-        words[(root + level * PAGE_SIZE) // 8] = (root + (level + 1) * PAGE_SIZE + to) | FULL
+        words[(root + level * PAGE_SIZE) // 8] = (root + (level + 1) * PAGE_SIZE + to) | rights
 
 
 class Nested:
     """A hypervisor with a nested guest. L1's own tables map the first 4 MiB as they are, NPT all pages but those of L2's tables."""
 
+    pointer = leaf_rights = FULL  # of NPT's entries
+
     def __init__(self, kvm: Kvm, *, host_level: int = 1) -> None:
         self.machine = machine = Machine(kvm, L1, memory=SIZE)
+        self.stale = False
         words = machine.memory.words
         for level in range(2):
             words[(L1_TABLES + level * PAGE_SIZE) // 8] = (L1_TABLES + (level + 1) * PAGE_SIZE) | FULL
         for i in range(2):
             words[(L1_TABLES + 2 * PAGE_SIZE) // 8 + i] = (i << 21) | FULL | int(GPTE64.PS)
-        chain(words, NPT, 0)
-        chain(words, L2_AT, L2_TABLES - L2_AT)
+        chain(words, NPT, 0, self.pointer)
+        chain(words, L2_AT, L2_TABLES - L2_AT, FULL)
         for page in range(PAGES):
-            words[self.npt(page) // 8] = page * PAGE_SIZE | FULL
+            words[self.npt(page) // 8] = page * PAGE_SIZE | self.leaf_rights
             words[self.leaf(page) // 8] = page * PAGE_SIZE | FULL
         for page in range(4):
-            words[self.npt(L2_TABLES // PAGE_SIZE + page) // 8] = (L2_AT + page * PAGE_SIZE) | FULL
-        for table in (NPT, L2_AT):  # a huge page behind the small ones
-            words[(table + 2 * PAGE_SIZE) // 8 + 1] = DATA | FULL | int(GPTE64.PS)
+            words[self.npt(L2_TABLES // PAGE_SIZE + page) // 8] = (L2_AT + page * PAGE_SIZE) | self.leaf_rights
+        for table, rights in ((NPT, self.leaf_rights), (L2_AT, FULL)):  # a huge page behind the small ones
+            words[(table + 2 * PAGE_SIZE) // 8 + 1] = DATA | rights | int(GPTE64.PS)
         slots = EventList().add(Op.SLOT_CREATE, value=machine.prepare_slot(0, 0, DATA))
         machine.run(slots.add(Op.SLOT_CREATE, value=machine.prepare_slot(1, DATA, DATA, host_level=host_level)).array())
         machine.configure(log_accesses=True)
-        self.rows = machine.prepare_vmrun(L1, L2, NPT)
+        self.rows = machine.prepare_vmrun(L1, L2, self.tables)
         self.inside = False
+
+    tables = NPT
+
+    def dimension(self, memory: Memory) -> NptDimension | EptDimension:
+        """The reference's."""
+        return NptDimension(memory, TABLES)
+
+    @staticmethod
+    def random_entry(rng: np.random.Generator, page: int) -> int:
+        """An entry of NPT."""
+        return random_entry(rng, page)
+
+    flags = int(GPTE64.D | GPTE64.A)
 
     @staticmethod
     def npt(page: int) -> int:
@@ -81,6 +97,7 @@ class Nested:
         events = EventList().add(op, **columns).array()
         run = self.machine.run(events, checked=True)
         assert run.stop == Stop.END
+        self.reason = int(run.log["size"][-1]) if len(run.log) else 0  # of a NESTED_EXIT
         self.inside = bool(self.machine.state.own[0, VcpuWord.IN_NESTED])
         return [(kind, address, value) for kind, _, _, address, value in run.log.tolist()]
 
@@ -117,7 +134,7 @@ def nested(request: pytest.FixtureRequest) -> Iterator[Nested]:
 def judged(one: Nested, gva: int, access: int) -> None:
     """One access of L2 comes out as the two walks of the reference say, flags in both dimensions included."""
     memory = one.copy()
-    answer = NestedWalker(NptDimension(memory, TABLES), L2).walk(gva, access)
+    answer = NestedWalker(one.dimension(memory), L2).walk(gva, access)
     log = one.run(Op.ACCESS, access=access, address=gva)
     if answer.ok:
         expected = (int(LogKind.ACCESSED), gva, answer.hpa)
@@ -126,6 +143,7 @@ def judged(one: Nested, gva: int, access: int) -> None:
     else:
         expected = (int(LogKind.PAGE_FAULT), gva, answer.pferr)
     assert log == [expected], f"gva {gva:#x} access {access:#x}: {answer}"
+    assert answer.ok or not answer.reason or one.reason == (answer.reason if answer.reason != NESTED_PAGE_FAULT else 0)
     where = [gpa for gpa in memory.words if memory.words[gpa] != int(one.machine.memory.words[gpa // 8])]
     assert not where, f"gva {gva:#x} access {access:#x}: words {[hex(gpa) for gpa in where]}"
 
@@ -141,11 +159,11 @@ def scramble(one: Nested, rng: np.random.Generator) -> None:
     """Random tables: data pages 64 to 127 move, with random rights; L2's own tables are left where they are."""
     words = one.machine.memory.words
     for page in range(64, 128):
-        words[one.npt(page) // 8] = random_entry(rng, int(rng.integers(64, 128)))
+        words[one.npt(page) // 8] = one.random_entry(rng, int(rng.integers(64, 128)))
         words[one.leaf(page) // 8] = random_entry(rng, int(rng.integers(64, 128)))
     for page in range(4):
         if rng.random() < 0.2:
-            words[one.npt(L2_TABLES // PAGE_SIZE + page) // 8] &= ~np.uint64(int(GPTE64.D | GPTE64.A))
+            words[one.npt(L2_TABLES // PAGE_SIZE + page) // 8] &= ~np.uint64(one.flags)
 
 
 def step(one: Nested, rng: np.random.Generator) -> None:
@@ -158,12 +176,13 @@ def step(one: Nested, rng: np.random.Generator) -> None:
     elif kind < 0.85:  # L1 stores to the tables that it gave L2
         one.leave()
         page = int(rng.integers(64, 128))
-        value = random_entry(rng, int(rng.integers(64, 128)))
+        value = one.random_entry(rng, int(rng.integers(64, 128)))
         if rng.random() < 0.2:  # L2's tables stay where they are, but may lose rights
             number = int(rng.integers(4))
             page, held = L2_TABLES // PAGE_SIZE + number, L2_AT // PAGE_SIZE + number
-            value = random_entry(rng, held) if rng.random() < 0.3 else held * PAGE_SIZE | FULL
+            value = one.random_entry(rng, held) if rng.random() < 0.3 else held * PAGE_SIZE | one.leaf_rights
         one.run(Op.WRITE, access=2, address=one.npt(page), size=8, value=value)
+        one.stale = True
         assert int(one.machine.memory.words[one.npt(page) // 8]) == value
     elif kind < 0.9:  # or to L2's, for it
         one.leave()
@@ -182,18 +201,18 @@ def step(one: Nested, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("kvm", list(KVMS))
 @pytest.mark.parametrize("part", range(2))
 def test_every_access_as_two_walks_say(seed: int, kvm: str, part: int) -> None:
-    play(np.random.default_rng([seed, part]), kvm, 150)
+    play(np.random.default_rng([seed, part]), Nested, KVMS[kvm], 150)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kvm", list(KVMS))
 def test_many_accesses_as_two_walks_say(seed: int, kvm: str) -> None:
     for part in range(100):
-        play(np.random.default_rng([seed, 1000 + part]), kvm, 600)
+        play(np.random.default_rng([seed, 1000 + part]), Nested, KVMS[kvm], 600)
 
 
-def play(rng: np.random.Generator, kvm: str, steps: int) -> None:
-    one = Nested(KVMS[kvm], host_level=int(rng.integers(1, 3)))
+def play(rng: np.random.Generator, kind: type[Nested], kvm: Kvm, steps: int) -> None:
+    one = kind(kvm, host_level=int(rng.integers(1, 3)))
     scramble(one, rng)
     for number in range(steps):
         step(one, rng)
@@ -439,5 +458,7 @@ def test_bad_input() -> None:
         plain.prepare_vmrun(L1, L2, NPT)
     with pytest.raises(NotBuilt, match="long mode"):
         one.machine.prepare_vmrun(Cpu(cr0=int(CR0.PE | CR0.PG), cr3=0, cr4=0, efer=0, maxphyaddr=40), L2, NPT)
-    with pytest.raises(ValueError, match="NPT"):
-        Kvm(nested=True, ept=True)
+    with pytest.raises(ValueError, match="pml"):
+        Kvm(nested=True, ept=True, pml=True)
+    with pytest.raises(ValueError, match="machine with EPT"):
+        one.machine.run(EventList().add(Op.INVEPT).array())
