@@ -307,7 +307,7 @@ def test_the_hypervisors_tables_are_write_protected_and_become_unsync(nested: Ne
 def test_a_device_of_the_nested_guest(nested: Nested) -> None:
     words = nested.machine.memory.words
     words[nested.leaf(80) // 8] = 80 * PAGE_SIZE | FULL
-    words[nested.npt(80) // 8] = 0x80_0000 | FULL  # beyond all memslots
+    words[nested.npt(80) // 8] = 0x80_0000 | nested.leaf_rights  # beyond all memslots
     nested.enter()
     for made in (1, 0):  # the second time by an MMIO spte
         before = nested.machine.counters()
