@@ -197,12 +197,24 @@ def is_device(vm, vcpu, gpa, write):
 
 
 @inner
+def final_place(vm, vcpu, view, gpa, access):
+    """Touch of the address that L2's tables give: where the tables that L1 gave L2 say that it is."""
+    held = walk_for_kvm(vm, view, gpa, access | PFERR.U)
+    if held.ok:
+        return Touch(Status.DONE, held.gpa, ZERO, ZERO)
+    inject(vm, view, gpa, held.pferr)
+    return reflected(vcpu, gpa, PFERR.GUEST_FINAL)
+
+
+@inner
 def walk_nested(vm, vcpu, gva, access):
     """The emulator's Touch of a page of a nested guest: L2's tables, each address in them by the tables that L1 gave L2.
 
     A and D of L2's tables were set by the processor, whose walk ended in the fault that is emulated.
     """
     mmu, view = vcpu.mmu, kvm_view(vcpu.nested, vcpu)
+    if mmu.reg[Reg.MODE] == MODE_NONE:
+        return final_place(vm, vcpu, view, gva & ADDRESS_32, access)
     mode = mode_of(mmu)
     table, level, rights = mmu.reg[Reg.CR3] & mode.root, mode.levels, ALL_ONES
     while True:
@@ -227,12 +239,7 @@ def walk_nested(vm, vcpu, gva, access):
         level -= ONE
     if permission_fault(mmu, access_of(rights), access):
         return Touch(Status.FAULT, ZERO, gva, access | PFERR.P)
-    gpa = page_gpa(mode, gpte, gva, level)
-    held = walk_for_kvm(vm, view, gpa, access | PFERR.U)
-    if held.ok:
-        return Touch(Status.DONE, held.gpa, ZERO, ZERO)
-    inject(vm, view, gpa, held.pferr)
-    return reflected(vcpu, gpa, PFERR.GUEST_FINAL)
+    return final_place(vm, vcpu, view, page_gpa(mode, gpte, gva, level), access)
 
 
 @inner(inline=True)

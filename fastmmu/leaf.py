@@ -128,6 +128,14 @@ def prefetch_leaf(vm, vcpu, slot, index, gfn, access):
     add_leaf(vm, vcpu.stat, slot, index, gfn, access, ONE)
 
 
+@inner
+def is_put_aside(nested, word, old, spte):
+    """Whether a leaf becomes access-tracked, which a TLB may not know: as if it lost A."""
+    if nested is None:
+        return False
+    return is_access_tracked(word, spte) and not is_access_tracked(word, old)
+
+
 # --- neighbours ------------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +336,4 @@ def sync_leaf(vm, vcpu, index):
     host_writable = old & vm.word[VmWord.HOST_WRITABLE] != ZERO
     spte, _ = make_shadow_leaf(vm, vcpu, slot, gfn, ONE, access, old, False, host_writable, True)
     vm.spt[index] = spte
-    if loses(vm.word, old, spte):
-        return True
-    return is_access_tracked(vm.word, spte) and not is_access_tracked(vm.word, old)
+    return loses(vm.word, old, spte) or is_put_aside(vcpu.nested, vm.word, old, spte)

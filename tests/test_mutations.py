@@ -28,7 +28,7 @@ TLB_KEYS = ("tests/test_streams.py::test_protection_keys_bind_accesses_that_the_
 FAST = ("tests/test_fast_fault.py",)
 RACES = ("tests/test_races.py",)
 LOCK = ("tests/test_lock.py",)
-L1_L2 = ("tests/test_nested_guest.py",)
+L1_L2, EPT12 = ("tests/test_nested_guest.py",), ("tests/test_nested_ept.py",)
 EPT_TESTS, NESTED = ("tests/test_ept.py",), ("tests/test_nested.py",)
 TOLD = ("tests/test_qualification.py",)
 FIRST_PAGE = ("tests/test_scenarios.py::test_named_variants_come_out_the_same[recycled_first_page]",)
@@ -164,7 +164,7 @@ MUTANTS = (
     Mutant("no sync where it is forced", "roots.py", "    if vm.word[VmWord.FORCE_SYNC_ON_REUSE] != ZERO:", "    if False:", SHADOW),
     Mutant("a sync without a flush", "leaf.py", "        drop_leaf(vm, vcpu.stat, index)\n        return True\n    if vm.word[VmWord.SYNC", "        drop_leaf(vm, vcpu.stat, index)\n        return False\n    if vm.word[VmWord.SYNC", SHADOW),
     Mutant("a sync forgets the reverse map", "leaf.py", "        drop_leaf(vm, vcpu.stat, index)\n        return True\n    if vm.word[VmWord.SYNC", "        vm.spt[index] = ZERO\n        return True\n    if vm.word[VmWord.SYNC", SHADOW),
-    Mutant("a moved page mapped where it was", "leaf.py", "    if gfn_of_entry(vm, index) != gfn:\n        drop_leaf(vm, vcpu.stat, index)\n        return True\n", "", SHADOW),
+    Mutant("a moved page mapped where it was", "leaf.py", "    if gfn_of_entry(vm, index) != gfn or (access == ZERO and is_ept12(vcpu.nested, vcpu.mmu)):\n        drop_leaf(vm, vcpu.stat, index)\n        return True\n", "", SHADOW),
     Mutant("what the entry says is not remembered", "leaf.py", "    remember(vm, index, gfn, access)\n    slot", "    slot", SHADOW),
     Mutant("the MMIO spte of another device stays", "leaf.py", "if mmio_gfn(old) == gfn else ZERO", "if True else ZERO", SHADOW),
     Mutant("no write needs D", "leaf.py", "    return access & ~ACC.W if gpte & GPTE64.D == ZERO else access", "    return access", SHADOW),
@@ -174,8 +174,8 @@ MUTANTS = (
     Mutant("rights of a leaf not remembered", "leaf.py", "    if was_mapped:\n        remember(vm, index, gfn, access)\n    else:", "    if not was_mapped:", SHADOW),
     Mutant("the upper half of a 4-byte table", "leaf.py", "(table >> HALF_SHIFT) + (quadrant << INDEX_BITS) + entry", "(table >> HALF_SHIFT) + entry", SHADOW),
     Mutant("prefetch past an invalid entry", "leaf.py", "            if not prefetch_gpte(vm, vcpu, at, read_gpte(vm, at), True):\n                return", "            prefetch_gpte(vm, vcpu, at, read_gpte(vm, at), True)", SHADOW),
-    Mutant("prefetch without A", "leaf.py", "    if gpte & (GPTE64.P | GPTE64.A) != GPTE64.P | GPTE64.A:", "    if gpte & GPTE64.P == ZERO:", SHADOW),
-    Mutant("prefetch with reserved bits", "leaf.py", "    return gpte & vcpu.mmu.reserved[reserved_row(gpte & vcpu.mmu.reg[Reg.LARGE], ONE)] != ZERO", "    return False", SHADOW),
+    Mutant("prefetch without A", "leaf.py", "    if gpte_of(vcpu.nested, vcpu.mmu, gpte) & (GPTE64.P | GPTE64.A) != GPTE64.P | GPTE64.A:", "    if gpte & GPTE64.P == ZERO:", SHADOW),
+    Mutant("prefetch with reserved bits", "leaf.py", "    return is_bad(vcpu.nested, vcpu.mmu, gpte, ONE)", "    return False", SHADOW),
     Mutant("prefetch for writing while logging", "leaf.py", "    if is_readonly(slot) or (unlogged and access", "    if is_readonly(slot) or (False and access", SHADOW),
     Mutant("prefetch of read-only memory", "leaf.py", "    if is_readonly(slot) or (unlogged and", "    if (unlogged and", SHADOW),
     Mutant("no sync at a load of CR3", "roots.py", "    if not keeps:\n        ask_one(vm, vcpu, MMU_SYNC | FLUSH_CURRENT)", "    if not keeps:\n        ask_one(vm, vcpu, FLUSH_CURRENT)", SHADOW),
@@ -318,7 +318,7 @@ MUTANTS = (
     Mutant("no sync where guests are switched", "nested_guest.py", "MMU_SYNC | FLUSH_CURRENT)", "FLUSH_CURRENT)", L1_L2),
     Mutant("no flush where guests are switched", "nested_guest.py", "    ask_one(vm, vcpu, MMU_SYNC | FLUSH_CURRENT)", "    ask_one(vm, vcpu, MMU_SYNC)", L1_L2),
     Mutant("L1 comes back with L2's CR3", "nested_guest.py", "own[VcpuWord.REGISTERS], own[VcpuWord.KEPT_CR3])", "own[VcpuWord.REGISTERS], vcpu.mmu.reg[Reg.CR3])", L1_L2),
-    Mutant("L1 is not told what failed", "guest.py", "(pferr & (PFERR.GUEST_FINAL | PFERR.GUEST_PAGE)) | vcpu.own", "vcpu.own", L1_L2),
+    Mutant("L1 is not told what failed", "ept12.py", "(pferr & WHERE) | own[VcpuWord.INJECTED]", "own[VcpuWord.INJECTED]", L1_L2),
     Mutant("a fault of the second dimension is a #PF of L1", "shadow_fault.py", "    if not nested:\n        count", "    if True:\n        count", L1_L2),
     Mutant("a device of L2 at its own gpa", "guest.py", "return Touch(Status.DONE, held.gpa, ZERO, ZERO)", "return Touch(Status.DONE, gpa, ZERO, ZERO)", L1_L2),
     Mutant("unmaps leave L2's pages", "host.py", "            zapped |= zap_leafs(vm, stat, low, high)\n        if not has_rmaps(vm.word):", "            zapped |= zap_leafs(vm, stat, low, high)\n        if vm.word[VmWord.TDP_MMU] != ZERO:", L1_L2),
@@ -355,6 +355,33 @@ MUTANTS = (
     Mutant("told: the generation comes round, sptes stay", "floors.py", "            house.l0.words[house.leaf02 + gfn] = ZERO\n            gfn", "            gfn", TOLD),
     Mutant("told: half a state recurs", "floors.py", " and seen[at, 2] == saved", "", TOLD),
     Mutant("told: the loop from its first try", "qualification.py", """tries[int(rows[-1]["qualification"])]""", "tries[0]", TOLD),
+    Mutant("EPT12: R is granted to all", "ept12.py", "((entry & EPT.R) << R_TO_U)", "GPTE64.U", EPT12),
+    Mutant("EPT12: X is granted to all", "ept12.py", " | ((~entry & EPT.X) << X_TO_NX)", "", EPT12),
+    Mutant("EPT12: flags whatever the EPTP says", "ept12.py", "(entry | (FLAGS & ~mmu.reg[Reg.EPT_FLAGS])) & FLAGS", "entry & FLAGS", EPT12),
+    Mutant("EPT12: patterns not looked at", "ept12.py", "    return (mmu.reg[Reg.EPT_BAD] >> (entry & PATTERN)) & ONE != ZERO", "    return False", EPT12),
+    Mutant("EPT12: D never set", "ept12.py", "if not set_flags(vm, vcpu, gpa, level, write):", "if not set_flags(vm, vcpu, gpa, level, False):", EPT12),
+    Mutant("EPT12: clean pages are writable", "ept12.py", "            granted &= ~ACC.W  # so", "            pass  # so", EPT12),
+    Mutant("EPT12: KVM's flags are not logged", "ept12.py", "            mark_dirty(vm, slot, table >> PAGE_SHIFT)\n            note_write(vm, vcpu, table)", "            note_write(vm, vcpu, table)", EPT12),
+    Mutant("EPT12: rights of the last entry alone", "ept12.py", "            raw &= entry\n", "            raw = entry\n", EPT12),
+    Mutant("EPT12: a misconfiguration with a qualification", "ept12.py", "        return MISCONFIGURATION, ZERO", "        return MISCONFIGURATION, own[VcpuWord.QUALIFICATION]", EPT12),
+    Mutant("EPT12: every address is final", "ept12.py", "    if met & PFERR.GUEST_FINAL != ZERO:", "    if met & WHERE != ZERO:", EPT12),
+    Mutant("EPT12: where the address was is not kept", "ept12.py", "    own[VcpuWord.EXIT_CODE] = pferr", "    pass", EPT12),
+    Mutant("EPT12: a write is a read too", "hardware.py", "    if vm.word[VmWord.EPT] != ZERO and kind != ZERO:", "    if False:", EPT12),
+    Mutant("EPT12: the emulator need not read", "guest.py", "    held = walk_for_kvm(vm, view, gpa, access | PFERR.U)", "    held = walk_for_kvm(vm, view, gpa, access)", EPT12),
+    Mutant("EPT12: execute-only pages are read by the TLB", "hardware.py", "    if is_nested(vcpu.nested, vcpu.own) and answer & vm.word[VmWord.USER] == ZERO:", "    if False:", EPT12),
+    Mutant("EPT12: asked for every entry of L2's tables", "hardware.py", "        if gpte & GPTE64.A == ZERO or (level == leaf_level and write and gpte & GPTE64.D == ZERO):\n            entry", "        if True:\n            entry", EPT12),
+    Mutant("EPT12: the shortcut of a sync", "leaf.py", "    alike = alike and not is_ept12(vcpu.nested, vcpu.mmu)\n", "", EPT12),
+    Mutant("EPT12: a sync keeps what has no rights", "leaf.py", " or (access == ZERO and is_ept12(vcpu.nested, vcpu.mmu)):", ":", EPT12),
+    Mutant("EPT12: a sync leaves pages used", "leaf.py", "    return spte if word[VmWord.AD] != ZERO else mark_old(word, spte)", "    return spte", EPT12),
+    Mutant("EPT12: roots with A and D always", "nested_guest.py", " | (ROLE.AD_DISABLED if nested.reg[Reg.EPT_FLAGS] == ZERO else ZERO)", "", EPT12),
+    Mutant("EPT12: synced at every entry", "nested_guest.py", "        ask_one(vm, vcpu, FLUSH_GUEST)\n", "        ask_one(vm, vcpu, MMU_SYNC | FLUSH_GUEST)\n", EPT12),
+    Mutant("EPT12: synced by flushes of addresses", "roots.py", "        if vm.word[VmWord.TDP] == ZERO:  # flushes do not", "        if True:  # flushes do not", EPT12),
+    Mutant("EPT12: INVEPT leaves the current root", "nested_guest.py", "        drop_current(vm, inside)\n", "        pass\n", EPT12),
+    Mutant("EPT12: INVEPT leaves kept roots", "nested_guest.py", "            drop_previous(vm, inside, np.uint64(i))", "            pass", EPT12),
+    Mutant("EPT12: INVEPT drops other tables", "nested_guest.py", "    return eptp == ZERO or (pgd ^ eptp) & EPT.ADDR == ZERO", "    return True", EPT12),
+    Mutant("EPT12: INVEPT by the whole EPTP", "nested_guest.py", "    return eptp == ZERO or (pgd ^ eptp) & EPT.ADDR == ZERO", "    return eptp == ZERO or pgd == eptp", EPT12),
+    Mutant("EPT12: kept roots keep what was reflected", "shadow_fault.py", "        invalidate_same_ept(vm, vcpu, gva)", "        pass", EPT12),
+    Mutant("EPT12: A and D need not agree", "machine.py", "        if bool(state.accessed) != self.kvm.ad:", "        if False:", EPT12),
 )  # fmt: skip
 
 

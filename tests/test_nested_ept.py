@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_nested_guest import (  # noqa: F401 (the tests among them hold with EPT too)
+    DATA,
     FULL,
     L1,
     L2,
@@ -32,12 +33,12 @@ from test_nested_guest import (  # noqa: F401 (the tests among them hold with EP
 )
 
 from fastmmu.audit import audit
-from fastmmu.bits import EPT, EPTP
+from fastmmu.bits import CR0, EPT, EPTP, ROLE
 from fastmmu.ept import EptpError
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine import Machine, NotBuilt
-from fastmmu.machine_state import LogKind
+from fastmmu.machine_state import LogKind, VcpuWord
 from fastmmu.reference.ept import Caps, EptWalker
 from fastmmu.reference.nested import EptDimension
 from fastmmu.reference.walk import Memory
@@ -301,15 +302,53 @@ def test_a_sync_makes_pages_seem_unused(nested: NestedEpt) -> None:
 
 
 def test_rights_that_leave_nothing_drop_the_page(nested: NestedEpt) -> None:
-    """Entries whose rights have none in common map nothing: such an spte would not be present (facts 5.12.4)."""
-    set_entry(nested, 70, entry(70, R))
+    """Where the entries of EPT12 have no right in common an spte would not be present: a sync drops it (facts 5.12.4)."""
+    words, table, gva = nested.machine.memory.words, 48 * PAGE_SIZE, DATA + 5 * PAGE_SIZE
+    words[table // 8 + 5] = gva | R | X | WRITE_BACK | FLAGS
+    words[(NPT + 2 * PAGE_SIZE) // 8 + 1] = table | X | A
     nested.enter()
-    judged(nested, 70 * PAGE_SIZE, 0)
+    judged(nested, gva, 16)
     nested.leave()
-    audit(nested.machine)
-    nested.run(Op.WRITE, access=2, address=NPT + 2 * PAGE_SIZE, size=8, value=(NPT + 3 * PAGE_SIZE) | X | A)
-    nested.stale = True
-    assert exits(nested, 70 * PAGE_SIZE, 0)[0] == VIOLATION
+    nested.run(Op.WRITE, access=2, address=table + 8 * 5, size=8, value=gva | R | WRITE_BACK | FLAGS)
+    nested.run(Op.INVEPT)
+    before = nested.count("pages_4k")
+    nested.enter()
+    nested.run(Op.EXIT)
+    assert nested.count("pages_4k") == before - 1
+    assert exits(nested, gva, 16) == (VIOLATION, gva, X | 0x180)
+
+
+def test_the_role_of_the_shadow_pages(nested: NestedEpt) -> None:
+    nested.enter()
+    nested.run(Op.EXIT)
+    words = nested.machine.state.other.own[0]
+    role = int(nested.machine.vm.page[words[VcpuWord.ROOT]]["role"])
+    assert role == 4 | int(ROLE.ACCESS | ROLE.GUEST_MODE) | (0 if nested.machine.kvm.ad else int(ROLE.AD_DISABLED))
+
+
+def test_flags_that_kvm_sets_are_logged() -> None:
+    one = NestedEpt(KINDS["tdp-mmu"][1])
+    words, tables = one.machine.memory.words, [NPT // PAGE_SIZE + level for level in range(4)]
+    for level in range(3):
+        words[(NPT + level * PAGE_SIZE) // 8] &= ~np.uint64(A)
+    for page in range(PAGES):
+        words[one.npt(page) // 8] &= ~np.uint64(FLAGS)
+    one.run(Op.SLOT_FLAGS, address=0, value=1)
+    one.enter()
+    judged(one, 70 * PAGE_SIZE, 2)
+    one.run(Op.DIRTY_GET, address=0)
+    assert one.machine.report(0)[tables].all()
+    assert int(words[one.npt(70) // 8]) & FLAGS == FLAGS
+    audit(one.machine)
+
+
+def test_a_device_of_a_guest_without_paging(nested: NestedEpt) -> None:
+    set_entry(nested, 80, 0x80_0000 | RWX | WRITE_BACK | FLAGS)
+    rows = nested.machine.prepare_vmrun(L1, replace(L2, cr0=int(CR0.PE), efer=0), nested.tables)
+    nested.run(Op.INVEPT)
+    nested.run(Op.VMRUN, address=VMCB, value=rows)
+    assert nested.run(Op.ACCESS, address=70 * PAGE_SIZE) == [(LogKind.ACCESSED, 70 * PAGE_SIZE, 70 * PAGE_SIZE)]
+    assert (LogKind.MMIO_READ, 0x80_0008, 0) in nested.run(Op.LOAD, address=80 * PAGE_SIZE + 8, size=4)
 
 
 def test_what_cannot_be() -> None:
