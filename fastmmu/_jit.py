@@ -249,6 +249,17 @@ if JIT:
         return types.uint64(), codegen
 
     @intrinsic
+    def likely(typingctx, condition):
+        """The condition, and a hint that it holds nearly always: registers and the straight way are for that case."""
+
+        def codegen(context, builder, signature, args):
+            bit = ir.IntType(1)
+            function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(bit, [bit, bit]), "llvm.expect.i1")
+            return builder.call(function, [args[0], bit(1)])
+
+        return types.boolean(types.boolean), codegen
+
+    @intrinsic
     def prefetch(typingctx, array, index):
         """Ask for the cache line of `array[index]`, to be read soon; never faults."""
 
@@ -319,6 +330,10 @@ else:
     def cycles():
         """Nanoseconds instead."""
         return np.uint64(time.perf_counter_ns())
+
+    def likely(condition):
+        """The condition."""
+        return condition
 
     def prefetch(array, index):
         """Nothing to do without compiled code."""
