@@ -202,7 +202,7 @@ if JIT:
 
     fetch_or = _read_modify_write("or")
     fetch_and = _read_modify_write("and")
-    fetch_sub = _read_modify_write("sub")
+    fetch_add, fetch_sub = _read_modify_write("add"), _read_modify_write("sub")
     exchange = _read_modify_write("xchg")
 
     @intrinsic
@@ -306,7 +306,7 @@ else:
         return modify
 
     fetch_or, fetch_and = _read_modify_write(operator.or_), _read_modify_write(operator.and_)
-    fetch_sub = _read_modify_write(operator.sub)
+    fetch_add, fetch_sub = _read_modify_write(operator.add), _read_modify_write(operator.sub)
     exchange = _read_modify_write(lambda seen, value: value)
     waiting: list[Callable[[], None]] = []  # what the race explorer does where a thread waits for another one
 

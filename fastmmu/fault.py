@@ -22,6 +22,7 @@ from fastmmu.shadow import is_short_of_pages, make_pages_available
 from fastmmu.shadow_fault import (
     OPEN,
     clear_floods,
+    count_nx_split,
     fetch,
     gives_way,
     goal_levels,
@@ -50,7 +51,7 @@ from fastmmu.spte import (
     restore_access,
 )
 from fastmmu.state import NO_SLOT, Reg, Walk
-from fastmmu.tdp import LOST, link_table, try_set_spte, zap_huge
+from fastmmu.tdp import LOST, link_table, split_huge_page, try_set_spte, zap_huge
 from fastmmu.unsync import is_write_tracked, refuses_write
 from fastmmu.views import is_nested, is_shadow_paging
 
@@ -222,8 +223,18 @@ def make_child(vm, vcpu, index, level, gfn, nx_split, old):
     """Put a table under an entry of the TDP MMU, in place of `old`: nothing, an MMIO spte or a huge page; NO_TABLE without a free
     one, LOST where another thread has changed the entry.
 
-    In 6.1 a huge page above the goal is not split but dropped: the other pages of its frame fault anew.
+    In 6.1 a huge page above the goal is not split but dropped: the other pages of its frame fault anew. Since 6.2 the table that
+    takes its place maps them all (facts 5.4b).
     """
+    if is_present(old) and vm.word[VmWord.SPLIT_ON_FAULT] != ZERO:
+        if not split_huge_page(vm, vcpu.stat, index, level):
+            return NO_TABLE
+        spte = load(vm.spt, index)
+        if not is_table(spte, level):
+            return LOST
+        if nx_split:
+            count_nx_split(vm, vcpu.stat, pfn_of(spte))
+        return pfn_of(spte)
     if is_present(old):
         if not zap_huge(vm, vcpu.stat, index, level, old):
             return LOST

@@ -28,6 +28,7 @@ TLB_KEYS = ("tests/test_streams.py::test_protection_keys_bind_accesses_that_the_
 FAST = ("tests/test_fast_fault.py",)
 RACES = ("tests/test_races.py",)
 LOCK = ("tests/test_lock.py",)
+SPLIT = ("tests/test_split.py",)
 L1_L2, EPT12 = ("tests/test_nested_guest.py",), ("tests/test_nested_ept.py",)
 EPT_TESTS, NESTED = ("tests/test_ept.py",), ("tests/test_nested.py",)
 TOLD = ("tests/test_qualification.py",)
@@ -334,12 +335,29 @@ MUTANTS = (
     Mutant("split: the table's role lacks X", "split.py", "child_role(role_of(vm, index), index, access, True)", "child_role(role_of(vm, index), index, access & np.uint64(6), True)", L1_L2),
     Mutant("split: the huge page's own X", "spte.py", "if access & ACC.X != ZERO and word[VmWord.NX_HUGE_PAGES] != ZERO:  # only", "if False:  # only", L1_L2),
     Mutant("split: X for all", "spte.py", "if access & ACC.X != ZERO and word[VmWord.NX_HUGE_PAGES] != ZERO:  # only", "if word[VmWord.NX_HUGE_PAGES] != ZERO:  # only", L1_L2),
-    Mutant("split: new leaves are in no reverse map", "split.py", "        add_leaf(vm, stat, slot, index, gfn + i * pages_at(level), access, level)\n", "        pass\n", L1_L2),
+    Mutant("split: new leaves are in no reverse map", "split.py", "        add_leaf(vm, stat, slot, index, gfn + i * pages_at(level), access, level)\n", "        pass\n", SPLIT),
     Mutant("split: what is there is made again", "split.py", "        if is_present(vm.spt[index]):", "        if False:", L1_L2),
     Mutant("split: no parent", "split.py", "    add_parent(vm, table, index)\n", "", L1_L2),
     Mutant("split: no quota", "split.py", "if not has_quota(vm.word) or not", "if not", L1_L2),
     Mutant("split: not at a clear", "dirty_log.py", "        split_eagerly(vm, stat, slot, first, last)\n", "", L1_L2),
-    Mutant("split: without the TDP MMU too", "dirty_log.py", "if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO or vm.word[VmWord.TDP_MMU] == ZERO:", "if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO:", L1_L2),
+    Mutant("split: without the TDP MMU too", "dirty_log.py", "if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO or vm.word[VmWord.TDP_MMU] | vm.word[VmWord.SPLIT_SHADOW_PAGES] == ZERO:", "if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO:", L1_L2),
+    Mutant("split: the policy does nothing", "dirty_log.py", "vm.word[VmWord.TDP_MMU] | vm.word[VmWord.SPLIT_SHADOW_PAGES] == ZERO", "vm.word[VmWord.TDP_MMU] == ZERO", SPLIT),
+    Mutant("split: a role of all rights", "split.py", "child_role(role_of(vm, index), index, access, True)", "child_role(role_of(vm, index), index, ACC.ALL, True)", SPLIT),
+    Mutant("split: children executable that are not", "split.py", "make_split_child(vm.word, huge, level, ZERO, access)", "make_split_child(vm.word, huge, level, ZERO, ACC.ALL)", SPLIT),
+    Mutant("split: no flush of what is lost", "split.py", "    if lacks:\n        flush_remote", "    if False:\n        flush_remote", SPLIT),
+    Mutant("split: an empty table is in no reverse map", "split.py", "            vm.slot_words[at + i] = start + i\n", "            pass\n", SPLIT),
+    Mutant("split: other windows fall out of the reverse map", "split.py", "if is_empty(vm.slot_words, at):", "if True:", SPLIT),
+    Mutant("split: a table in use is filled again", "split.py", "if is_empty(vm.spt, table << INDEX_BITS):", "if True:", SPLIT),
+    Mutant("split: the last page forgotten at a clear", "dirty_log.py", "split_eagerly(vm, stat, slot, first, last)", "split_eagerly(vm, stat, slot, first, last - ONE)", SPLIT),
+    Mutant("split: not the frame of the first page", "split.py", "            split_list(vm, stat, slot, rmap_index(slot, gfn, level))\n", "            if gfn < end:\n                split_list(vm, stat, slot, rmap_index(slot, gfn, level))\n", SPLIT),
+    Mutant("split: gauges not told", "split.py", "    count_leaf(stat, level, np.int64(TABLE_SIZE))\n", "", SPLIT),
+    Mutant("split: the walk forgets D", "split.py", "granted if dirty else granted & ~ACC.W", "granted", SPLIT),
+    Mutant("split: the walk forgets the tables above", "split.py", "    access &= granted if dirty else granted & ~ACC.W\n", "    access &= ACC.ALL if dirty else ~ACC.W\n", SPLIT),
+    Mutant("split: the walk forgets CR0.WP", "split.py", "    if writable and access & ACC.W == ZERO and role", "    if False and role", SPLIT),
+    Mutant("split: X is propagated though it is not there", "split.py", "access = ACC.X if is_executable(word, spte) else ZERO", "access = ACC.X", SPLIT),
+    Mutant("split: W is not propagated", "split.py", "    access |= ACC.W if spte & (NPT_SPTE.W | word[VmWord.MMU_WRITABLE]) != ZERO else ZERO\n", "", SPLIT),
+    Mutant("split: a fault drops the huge page", "fault.py", "if is_present(old) and vm.word[VmWord.SPLIT_ON_FAULT] != ZERO:", "if False:", SPLIT),
+    Mutant("split: a fetch's split is not counted", "fault.py", "            count_nx_split(vm, vcpu.stat, pfn_of(spte))\n", "            pass\n", SPLIT),
     Mutant("told: a misconfiguration is kept, too", "floors.py", "        count(stat, Tally.MISCONFIGURATIONS, ONE)\n", "        count(stat, Tally.MISCONFIGURATIONS, ONE)\n        house.floor[Floor.SAVED] = access | LINEAR\n", TOLD),
     Mutant("told: a violation is not kept", "floors.py", "        house.floor[Floor.SAVED] = seen.qualification & (ACCESS | LINEAR)\n", "", TOLD),
     Mutant("told: stale and derived exchanged", "floors.py", "== STALE else", "!= STALE else", TOLD),
