@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmmu.bits import CR0, CR4, EFER, GENERATION_UPDATING, GPTE64, PFERR, WORDS_PER_PAGE
-from fastmmu.events import EventList
+from fastmmu.events import EventList, Op
 from fastmmu.paging import Cpu
 from fastmmu.trace import load_replay
 from fastmmu.vm import Workload
@@ -122,6 +122,11 @@ def memslot_update() -> Workload:
 
 
 SMALL_WORKLOADS = (remap_invlpg, two_address_spaces, remap_no_invlpg, kernel_only_page, memslot_update)
+
+
+def device_accesses(workload: Workload) -> int:
+    """How many accesses to devices a stream has."""
+    return int((workload.events["op"] == Op.DEVICE).sum())
 
 
 def trace_workload(path: Path, records: int | None = None) -> Workload:
