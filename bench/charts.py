@@ -37,7 +37,8 @@ class Bars:
         """Every bar, for who cannot see it."""
         groups = groupby(self.bars, lambda bar: bar.group)
         said = "; ".join(f"{name}: " + ", ".join(f"{bar.label} {bar.said}" for bar in bars) for name, bars in groups)
-        return f"{self.title}. {self.axis}. {said}."
+        axis = "" if self.axis in self.title else f" {self.axis}."
+        return f"{self.title}.{axis} {said}."
 
 
 @dataclass(frozen=True)

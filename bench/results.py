@@ -56,6 +56,29 @@ def probe_folder(folder: Path) -> None:
         raise ResultError(f"{folder}: results cannot be written: {existing} is no folder, or not ours to write in")
 
 
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write text files by their names below a folder: each beside its place first, then renamed; the last one last.
+
+    Raises:
+        ResultError: the folder cannot be written.
+    """
+    pending: list[tuple[Path, Path]] = []
+    try:
+        for name, text in texts.items():
+            final = folder / name
+            final.parent.mkdir(parents=True, exist_ok=True)
+            beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+            pending.append((beside, final))
+            beside.write_text(text, encoding="utf-8")
+        for beside, final in pending:
+            beside.replace(final)
+    except OSError as error:
+        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        for beside, _ in pending:
+            beside.unlink(missing_ok=True)
+
+
 def write_suites(folder: Path, suites: dict[str, list[pyperf.Benchmark]]) -> list[Path]:
     """Write `<experiment>.json` files: each beside its place first, then renamed, so that no half file is ever seen.
 
