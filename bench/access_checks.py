@@ -39,11 +39,14 @@ MOST_PAGES = 16_384  # of a trace: the reference walks each sixteen times
 
 
 class Case:
-    """Guest memory at the start, registers, the accesses, and what the architecture says of each."""
+    """Guest memory at the start, registers, the accesses, and what the architecture says of each.
 
-    def __init__(self, memory: GuestMemory, cpu: Cpu, gvas: np.ndarray) -> None:
-        self.memory, self.cpu = memory, cpu
-        self.pages = np.unique(np.flatnonzero(memory.words) // WORDS_PER_PAGE)
+    `pages` are frames that hold page tables, where memory is too large to look for them.
+    """
+
+    def __init__(self, memory: GuestMemory, cpu: Cpu, gvas: np.ndarray, pages: np.ndarray | None = None) -> None:
+        self.memory, self.cpu, self.known = memory, cpu, pages
+        self.pages = np.unique(self.nonzero() // WORDS_PER_PAGE)
         self.start = memory.words.reshape(-1, WORDS_PER_PAGE)[self.pages].copy()
         self.gvas = np.repeat(gvas, len(KINDS))
         self.accesses = np.tile(np.array(KINDS, np.uint64), len(gvas))
@@ -52,6 +55,13 @@ class Case:
         self.truth: list[Translation] = [walker.walk(cpu.cr3, gva, access, update=False) for gva, access in pairs]
         self.truth_ok = np.array([one.ok for one in self.truth])
         self.truth_pferr = np.array([one.pferr for one in self.truth], np.uint64)
+
+    def nonzero(self) -> np.ndarray:
+        """Indices of the words that are not zero."""
+        if self.known is None:
+            return np.flatnonzero(self.memory.words)
+        rows, columns = np.nonzero(self.memory.words.reshape(-1, WORDS_PER_PAGE)[self.known])
+        return self.known[rows] * WORDS_PER_PAGE + columns
 
     def walker(self) -> Walker:
         """The reference's processor, on a copy of the memory at the start."""
@@ -66,7 +76,7 @@ class Case:
     def part(self, pages: int) -> Case:
         """The same guest, the first pages of it only; guest memory as at the start."""
         self.reset()
-        return Case(self.memory, self.cpu, self.gvas[:: len(KINDS)][:pages])
+        return Case(self.memory, self.cpu, self.gvas[:: len(KINDS)][:pages], self.known)
 
 
 def snapshot_case(name: str) -> Case:
@@ -84,13 +94,12 @@ def snapshot_case(name: str) -> Case:
 def trace_case(context: Context) -> Case:
     """The tables at the end of a recorded stream, all A bits cleared; each page that the busiest address space touched."""
     end = EndTables(context)
-    words = end.vm.memory.words
-    where = np.flatnonzero(words)
-    words[where] &= CLEAR_ACCESSED
+    tables = np.array(sorted(context.workload.tables), np.int64)
+    end.vm.memory.words.reshape(-1, WORDS_PER_PAGE)[tables] &= CLEAR_ACCESSED
     values, times = np.unique(end.cr3s, return_counts=True)
     cr3 = values[times.argmax()]
     pages, first = np.unique(end.gvas[end.cr3s == cr3] & np.uint64(WORD - 4095), return_index=True)
-    return Case(end.vm.memory, replace(context.workload.cpu, cr3=int(cr3)), pages[np.argsort(first)][:MOST_PAGES])
+    return Case(end.vm.memory, replace(context.workload.cpu, cr3=int(cr3)), pages[np.argsort(first)][:MOST_PAGES], tables)
 
 
 def matrix_case(write_protect: bool) -> Case:
@@ -175,7 +184,7 @@ def check(context: Context, cell: Cell) -> Checked:
     pairs = list(zip(case.gvas.tolist(), case.accesses.tolist(), strict=True))
     theirs = reference.run(cell.strategy, walker, case.cpu.cr3, pairs, case.truth)
     words = case.memory.words
-    left = {8 * int(index): int(words[index]) for index in np.flatnonzero(words)}
+    left = {8 * int(index): int(words[index]) for index in case.nonzero()}
     if {name: n for name, n in ours.items() if n} != {name: n for name, n in theirs.items() if n}:
         raise CheckError(f"{cell.name}: counters differ from the reference: kernel {ours}, reference {dict(theirs)}")
     if left != {gpa: word for gpa, word in walker.memory.words.items() if word}:

@@ -59,6 +59,8 @@ def measured(options: Options, context: Context, chosen: list[Cell], console: Co
     suite = Suite(context, chosen, console)
     suite.check()
     suite.measure(options.rounds)
+    if not suite.benchmarks():
+        raise UsageError(f"{context.trace}: nothing was timed, and no counter is above zero: no results")
     suite.write(folder)
     suite.show(folder)
     experiments = list(dict.fromkeys(cell.experiment for cell in chosen))
@@ -110,7 +112,6 @@ def traced_cells(options: Options, context: Context) -> list[Cell]:
     Raises:
         UsageError: there are none. TraceError: the trace cannot be replayed.
     """
-    name = context.workload.name
     named = [one for one in EXPERIMENTS.values() if is_named(one, options.only)]
     quick = options.records is not None
     chosen: list[Cell] = []
@@ -120,7 +121,7 @@ def traced_cells(options: Options, context: Context) -> list[Cell]:
         if not cells and options.only is not None and not named:
             continue
         if reason := NO_TRACE if one.traced is None else one.unanswered(context):
-            print(f"{one.name}: not answered by {name}: {reason}", file=sys.stderr)
+            print(f"{one.name}: not answered by {context.trace}: {reason}", file=sys.stderr)
         else:
             chosen += cells
     if not chosen:

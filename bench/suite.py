@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyperf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,7 +19,9 @@ from bench.report import tables_of
 from bench.results import count_benchmarks, counter_metadata, public_run, write_suites
 from bench.rounds import Plan, calibrate, compiling, measure
 from fastmmu import AuditError, MachineError, ReplayError, TraceError
+from fastmmu.events import Op
 
+FEWEST_RECORDS = 10_000  # of a trace that is timed
 SHOWN_COUNTERS = ("records", "device_accesses", "hits", "wrong")
 
 
@@ -34,12 +37,22 @@ class Suite:
         self.context, self.cells, self.console = context, cells, console
         self.checked: dict[Cell, Checked] = {}
         self.runs: dict[Cell, list[pyperf.Run]] = {}
-        self.reasons = {cell: EXPERIMENTS[cell.experiment].why_not(context.of(cell), cell) for cell in cells}
+        self.reasons = {cell: self.why_not(cell) for cell in cells}
 
     @property
     def timed_cells(self) -> list[Cell]:
         """The cells that can be timed."""
         return [cell for cell in self.cells if not self.reasons[cell]]
+
+    def why_not(self, cell: Cell) -> str:
+        """Why a cell is not timed; a trace of the user's may end before the call from Python is forgotten."""
+        context = self.context.of(cell)
+        reason = EXPERIMENTS[cell.experiment].why_not(context, cell)
+        if reason or not context.own:
+            return reason
+        events = context.workload.events
+        records = int(np.isin(events["op"], (Op.ACCESS, Op.DEVICE)).sum())
+        return "" if records >= FEWEST_RECORDS else f"{records:,} records, fewer than {FEWEST_RECORDS:,}"
 
     def say(self, text: str) -> None:
         """Print a line as it is."""
@@ -93,7 +106,8 @@ class Suite:
             WorkerError: a worker failed or came to another digest. CheckError: a timed run delivers something else.
         """
         for cell, reason in self.reasons.items():
-            if (reason and cell.workload == self.context.workload.name) or "installed" in reason or "gcc" in reason:
+            of_trace = self.context.own or cell.workload == self.context.workload.name
+            if reason and (of_trace or "installed" in reason or "gcc" in reason):
                 self.say(f"{cell.name}: not timed: {reason}")
         groups: dict[str, list[Cell]] = {}
         for cell in self.timed_cells:
