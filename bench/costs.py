@@ -43,7 +43,8 @@ def projection(experiment: Experiment, suite: dict[str, pyperf.Benchmark], price
     priced = experiment.priced
     if priced is None:
         return None
-    found = {row.cell: row for row in related(experiment, suite) if shares(priced, row.counters) is not None}
+    beside = replace(experiment, over=priced.over or experiment.over)
+    found = {row.cell: row for row in related(beside, suite) if shares(priced, row.counters) is not None}
     told: dict[tuple[str, str], set[float | None]] = {}
     for cell, row in found.items():
         told.setdefault((cell.workload, cell.suffix), set()).add(projected(priced, row.counters, prices))

@@ -185,7 +185,7 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table("ept-qualification", head, rows, note)]
 
 
-def charts(suite: dict[str, pyperf.Benchmark]) -> list[Chart]:
+def charts(experiment: Experiment, suite: dict[str, pyperf.Benchmark]) -> list[Chart]:
     """The accesses that never complete, of a hundred."""
     bars = []
     for workload, strategies in by_workload(suite).items():

@@ -158,6 +158,7 @@ class Priced:
         per: counter of the accesses that the time is divided by.
         exits, flushes, locks: counters, added up.
         endless: counters of accesses that never complete; where one is above zero, no time can be projected.
+        over: what a projection is set in relation to, where that is not what the measured time is: a bare walk causes no exit.
     """
 
     per: str
@@ -165,6 +166,12 @@ class Priced:
     flushes: tuple[str, ...] = ()
     locks: tuple[str, ...] = ()
     endless: tuple[str, ...] = ()
+    over: Callable[[Cell], Over | None] | None = None
+
+
+def alone(cell: Cell) -> Over | None:
+    """For projections that stand beside nothing."""
+    return None
 
 
 def with_value(context: Context, cell: Cell, name: str, value: int) -> Cell | None:
@@ -240,7 +247,7 @@ class Experiment:
     description: Description | None = None
     part_of: str = ""
     over: Over | Callable[[Cell], Over | None] | None = None
-    charts: Callable[[dict[str, pyperf.Benchmark]], list[Chart]] | None = None
+    charts: Callable[[Experiment, dict[str, pyperf.Benchmark]], list[Chart]] | None = None
     traced: Callable[[Context], list[Cell]] | None = None
     unanswered: Callable[[Context], str] = answered
     parameters: tuple[Parameter, ...] = ()

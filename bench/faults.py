@@ -20,6 +20,7 @@ from bench.experiment import (
     Parameter,
     Priced,
     Timed,
+    alone,
     unavailable,
 )
 from bench.results import counters_of
@@ -194,5 +195,5 @@ EXPERIMENT = Experiment(
     ),
     over=Over(WALK, cost=True),
     parameters=(MIB,),
-    priced=Priced("faults", exits=("pf_taken",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",)),
+    priced=Priced("faults", exits=("pf_taken",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",), over=alone),
 )

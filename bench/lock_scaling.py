@@ -207,7 +207,7 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table("vCPUs under the mmu lock", head, rows, note), Table("what the simulation goes by", told, costs)]
 
 
-def charts(suite: dict[str, pyperf.Benchmark]) -> list[Chart]:
+def charts(experiment: Experiment, suite: dict[str, pyperf.Benchmark]) -> list[Chart]:
     """Seconds over vCPUs, a panel for each published series: its points, and both readings of a hand-over."""
     panels = []
     for workload, strategies in by_workload(suite).items():

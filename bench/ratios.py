@@ -86,4 +86,4 @@ def grouped(bars: list[Bar]) -> tuple[Bar, ...]:
 
 def charts_of(experiment: Experiment, suite: dict[str, pyperf.Benchmark]) -> list[Chart]:
     """The charts of an experiment: its own, or its ratios."""
-    return ratio_bars(experiment, suite) if experiment.charts is None else experiment.charts(suite)
+    return ratio_bars(experiment, suite) if experiment.charts is None else experiment.charts(experiment, suite)

@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Over, Priced, Timed, unavailable
+from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Over, Priced, Timed, alone, unavailable
 from bench.faults import MIB, WALK, over_walk
 from bench.shadow_guest import WRITE, ShadowGuest
 from bench.tables import Table, nanoseconds
@@ -118,5 +118,5 @@ EXPERIMENT = Experiment(
     ),
     over=Over(WALK, cost=True),
     parameters=(MIB,),
-    priced=Priced("pages", exits=("faults",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",)),
+    priced=Priced("pages", exits=("faults",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",), over=alone),
 )

@@ -234,6 +234,9 @@ def test_what_no_trace_is_needed_for_is_not_run_with_it(bench: Bench, short: Pat
     assert (status, out) == (2, "") and f"mmio-cache: not answered by {short}: it has no device accesses\n" in err
     status, out, _ = bench("--trace", str(short), "--only", "replay", "--list")
     assert (status, out.split()) == (0, ["replay/short/walk", "replay/short/replay"])
+    for name, reason in (("mmio-cache", "it has no device accesses"), ("walk", "no recording enters it")):
+        status, _, err = bench("compare", name, "--trace", str(short))
+        assert status == 2 and reason in err and err.count("\n") == 1
 
 
 def test_the_main_job_is_what_it_was() -> None:
