@@ -17,7 +17,7 @@ from pyperf._compare import CompareData, CompareResult
 from bench.experiment import Experiment
 from bench.ratios import Related, cells_of, related
 from bench.registry import EXPERIMENTS
-from bench.results import ResultError, load_suite
+from bench.results import ResultError, load_suite, making_sense_of
 from bench.tables import Table, nanoseconds, ratio_of
 
 MACHINE = ("cpu_model_name", "cpu_count", "cpu_config", "python_version", "python_compiler", "aslr")
@@ -81,7 +81,8 @@ def compare_folders(older: Path, newer: Path, min_speed: float, experiments: Col
     suites = [stored_suites(folder) for folder in (older, newer)]
     for name, experiment in EXPERIMENTS.items():
         if experiments is None or name in experiments:
-            compare_suites(experiment, suites[0].get(name, {}), suites[1].get(name, {}), min_speed, outcome)
+            with making_sense_of(newer / f"{name}.json"):
+                compare_suites(experiment, suites[0].get(name, {}), suites[1].get(name, {}), min_speed, outcome)
     if not outcome.cells:
         raise ResultError(f"{newer}: no cell in it is in {older} too: nothing to compare")
     return outcome

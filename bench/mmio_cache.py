@@ -185,7 +185,8 @@ DESCRIPTION = Description(
     " handful of instructions, not their rules.",
     year=2011,
 )
-SLOTS = Parameter("slots", "memslots that the guest's largest piece of RAM is divided into", 1, 32_764, on_the_trace)
+MEANING = "memslots that the guest's largest piece of RAM is divided into; the model looks through them one by one"
+SLOTS = Parameter("slots", MEANING, 1, 32_764, on_the_trace)
 
 EXPERIMENT = Experiment(
     MMIO_CACHE.name,

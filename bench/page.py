@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 import pyperf
 
 from bench.charts import Chart
-from bench.costs import projection
 from bench.experiment import Experiment
 from bench.figures import DARK, GRID, INK, MUTED, SURFACE, style
 from bench.prices import COSTS, Prices
@@ -30,10 +29,12 @@ RATIOS = ("speed-up", "cost", "rate", "ratio", "projected ratio")
 
 @dataclass(frozen=True)
 class Part:
-    """One experiment of the page: its stored suite, if any, and its charts as SVG, if they can be drawn."""
+    """One experiment of the page: its stored suite, if any, with its tables and projection, and its charts as SVG, if there are."""
 
     experiment: Experiment
-    suite: dict[str, pyperf.Benchmark]
+    suite: dict[str, pyperf.Benchmark] = field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
+    what_if: Table | None = None
     charts: tuple[tuple[Chart, str], ...] = ()
 
 
@@ -91,10 +92,10 @@ def page(parts: Iterable[Part], prices: Prices, missing: str = "") -> str:
     below = {name: [part for part in every if part.experiment.part_of == name] for name in names}
     taken = names | {part.experiment.name for parts_of in below.values() for part in parts_of}
     others = [part for part in every if part.experiment.name not in taken]
-    sections = [section(part, below[part.experiment.name], prices) for part in main]
+    sections = [section(part, below[part.experiment.name]) for part in main]
     links = [(part.experiment.name, f"{part.experiment.name} ({part.experiment.description.year})") for part in main]  # type: ignore[union-attr]
     if stored := [part for part in others if part.suite]:
-        body = "".join(article(part, prices, "h3") for part in stored)
+        body = "".join(article(part, "h3") for part in stored)
         sections.append(f'<section id="others"><h2>Other experiments</h2>{body}</section>')
         links.append(("others", "other experiments"))
     if unstored := [part.experiment.name for part in others if not part.suite]:
@@ -146,14 +147,14 @@ def machine(parts: list[Part]) -> str:
     return f"Measured on {', '.join(said)}; {spread} interleaved rounds, one worker process for each cell and round."
 
 
-def section(part: Part, below: list[Part], prices: Prices) -> str:
+def section(part: Part, below: list[Part]) -> str:
     """One of the questions from the sources, with the experiments that belong to it."""
-    return f'<section id="{escape(part.experiment.name)}">{article(part, prices, "h2")}' + "".join(
-        article(one, prices, "h3") for one in below
+    return f'<section id="{escape(part.experiment.name)}">{article(part, "h2")}' + "".join(
+        article(one, "h3") for one in below
     ) + "</section>"  # fmt: skip
 
 
-def article(part: Part, prices: Prices, heading: str) -> str:
+def article(part: Part, heading: str) -> str:
     """Question, claim, charts, tables, projection, and what all this does not show."""
     name, said = part.experiment.name, part.experiment.description
     year = f" ({said.year})" if said and said.year else ""
@@ -164,13 +165,13 @@ def article(part: Part, prices: Prices, heading: str) -> str:
         if said.claim:
             out.append(f'<div class="claim"><p><strong>The claim.</strong> {escape(said.claim)}{source}</p></div>')
     if part.suite:
-        tables = part.experiment.tables(part.suite)
-        shown = [table_html(table, f"{name}-table-{number}") for number, table in enumerate(tables, 1)]
+        shown = [table_html(table, f"{name}-table-{number}") for number, table in enumerate(part.tables, 1)]
         charts = [figure(chart, svg) for chart, svg in part.charts]
-        first = 0 if tables and len(tables[0].rows) > LONG else 1
+        first = 0 if part.tables and len(part.tables[0].rows) > LONG else 1
         out += [*shown[:first], *charts, *shown[first:]]
-        if what_if := projection(part.experiment, part.suite, prices):
-            out.append(f'{table_html(what_if, f"{name}-projection")}<p class="note"><a href="#costs">The costs assumed</a></p>')
+        if part.what_if is not None:
+            out.append(table_html(part.what_if, f"{name}-projection"))
+            out.append('<p class="note"><a href="#costs">The costs assumed</a></p>')
     else:
         out.append(f'<p class="muted">No results stored yet: <code>python -m bench --only {escape(name)}</code> makes them.</p>')
     if said and said.not_shown:

@@ -6,12 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from bench.charts import Chart
+from bench.costs import projection
 from bench.figures import FiguresError, draw, standing_alone
 from bench.page import Part, page
 from bench.prices import Prices
 from bench.ratios import charts_of
 from bench.registry import EXPERIMENTS
-from bench.results import ResultError, load_suite, write_texts
+from bench.results import ResultError, load_suite, making_sense_of, write_texts
 from bench.tables import Table
 
 README_TITLES = ("mmio-cache on", "random walks", "page faults")
@@ -31,7 +32,8 @@ def tables_of(folder: Path, experiments: Collection[str] | None = None) -> list[
     for experiment in EXPERIMENTS.values():
         path = folder / f"{experiment.name}.json"
         if path.exists() and (experiments is None or experiment.name in experiments):
-            tables += experiment.tables(load_suite(path))
+            with making_sense_of(path):
+                tables += experiment.tables(load_suite(path))
     return tables
 
 
@@ -56,17 +58,20 @@ def write_report(folder: Path, prices: Prices) -> str:
         raise ResultError(f"{folder}: no result files in it; python -m bench makes them, in results/local")
     parts, texts, missing = [], {}, ""
     for name, experiment in EXPERIMENTS.items():
-        suite = suites.get(name, {})
-        drawn = []
-        for chart in charts_of(experiment, suite) if suite and not missing else ():
-            try:
-                svg = draw(chart)
-            except FiguresError as error:
-                missing = f"No charts: {error}."
-                break
-            drawn.append((chart, svg))
-            texts[f"{FIGURES}/{chart.name}.svg"] = standing_alone(svg)
-        parts.append(Part(experiment, suite, tuple(drawn)))
+        if name not in suites:
+            parts.append(Part(experiment))
+            continue
+        suite, drawn = suites[name], []
+        with making_sense_of(folder / f"{name}.json"):
+            charts = charts_of(experiment, suite)
+            tables, what_if = experiment.tables(suite), projection(experiment, suite, prices)
+        try:
+            for chart in () if missing else charts:
+                drawn.append((chart, draw(chart)))
+        except FiguresError as error:
+            missing = f"No charts: {error}."
+        texts |= {f"{FIGURES}/{chart.name}.svg": standing_alone(svg) for chart, svg in drawn}
+        parts.append(Part(experiment, suite, tuple(tables), what_if, tuple(drawn)))
     write_texts(folder, {**texts, PAGE: page(parts, prices, missing)})
     return missing
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyperf
@@ -116,7 +118,26 @@ def load_suite(path: Path) -> dict[str, pyperf.Benchmark]:
         suite = pyperf.BenchmarkSuite.load(str(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ResultError(f"{path}: not a pyperf result file: {error}") from None
-    return {benchmark.get_name(): benchmark for benchmark in suite.get_benchmarks()}
+    found = {benchmark.get_name(): benchmark for benchmark in suite.get_benchmarks()}
+    for name in found:
+        if name.count("/") < 3 or not name.startswith(f"{path.stem}/"):
+            raise ResultError(f"{path}: benchmark {name!r}, expected {path.stem}/workload/strategy/metric")
+    return found
+
+
+@contextmanager
+def making_sense_of(path: Path) -> Iterator[None]:
+    """A stored file may be one of pyperf's and still lack what the tables of its experiment need.
+
+    Raises:
+        ResultError: it does.
+    """
+    try:
+        yield
+    except ResultError:
+        raise
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise ResultError(f"{path}: not a whole result file of python -m bench ({type(error).__name__}: {error})") from None
 
 
 def counters_of(benchmark: pyperf.Benchmark) -> dict[str, int]:

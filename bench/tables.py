@@ -25,7 +25,7 @@ class Table:
         """For the terminal."""
         table = RichTable(title=self.title, title_justify="left")
         for position, name in enumerate(self.head):
-            table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position < 2)
+            table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position < 2, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -17,7 +17,8 @@ from conftest import ROOT
 from bench import rounds
 from bench.experiment import Cell, CheckError, Context, Timed
 from bench.mmio_cache import check_workload
-from bench.report import committed_folders, summary_text, tables_of, with_readme_block
+from bench.prices import Prices
+from bench.report import committed_folders, summary_text, tables_of, with_readme_block, write_report
 from bench.results import PRIVATE_METADATA, ResultError, load_suite, per_million, public_run, write_suites
 from bench.rounds import Plan, WorkerError, calibrate, measure
 from bench.suite import matches
@@ -123,6 +124,13 @@ def test_damaged_result_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "mmio-cache.json").write_text(text)
         with pytest.raises(ResultError, match="not a pyperf result file"):
             tables_of(tmp_path)
+    path = tmp_path / "mmio-cache.json"
+    for name, said in (("a", "expected mmio-cache/workload/strategy/metric"), ("mmio-cache/a/b/time", "not a whole result file")):
+        pyperf.Benchmark([pyperf.Run([1.0], metadata={"name": name}, collect_metadata=False)]).dump(str(path), replace=True)
+        with pytest.raises(ResultError, match=said):
+            tables_of(tmp_path)
+        with pytest.raises(ResultError, match=said):
+            write_report(tmp_path, Prices())
 
 
 def test_summary_and_readme_are_generated_from_the_files() -> None:

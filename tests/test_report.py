@@ -203,7 +203,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 def test_names_and_notes_are_text_not_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_module, "TITLE", "<b>&")
-    text = page_module.page([page_module.Part(EXPERIMENTS["replay"], {})], Prices(), "<i>")
+    text = page_module.page([page_module.Part(EXPERIMENTS["replay"])], Prices(), "<i>")
     assert "<h1>&lt;b&gt;&amp;</h1>" in text and "<i>" not in text
     assert "without stored results: replay" in text and "Nothing was timed." in text
 
