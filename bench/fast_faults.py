@@ -291,5 +291,5 @@ EXPERIMENT = Experiment(
     priced=Priced(
         "accesses", exits=("pf_taken",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",), over=over_locked
     ),
-    measured=("lock_held", "lock_waited", "exchange_failed", "tlb_*"),
+    measured=("lock_held", "lock_waited", "exchange_failed"),
 )

@@ -56,7 +56,7 @@ def write_report(folder: Path, prices: Prices) -> str:
     suites = {name: load_suite(path) for name in EXPERIMENTS if (path := folder / f"{name}.json").exists()}
     if not suites:
         raise ResultError(f"{folder}: no result files in it; python -m bench makes them, in results/local")
-    parts, texts, missing = [], {}, ""
+    parts, figures, missing = [], [], ""
     for name, experiment in EXPERIMENTS.items():
         if name not in suites:
             parts.append(Part(experiment))
@@ -70,10 +70,23 @@ def write_report(folder: Path, prices: Prices) -> str:
                 drawn.append((chart, draw(chart)))
         except FiguresError as error:
             missing = f"No charts: {error}."
-        texts |= {f"{FIGURES}/{chart.name}.svg": standing_alone(svg) for chart, svg in drawn}
+        figures += drawn
         parts.append(Part(experiment, suite, tuple(tables), what_if, tuple(drawn)))
-    write_texts(folder, {**texts, PAGE: page(parts, prices, missing)})
+    write_figures(folder, figures, {PAGE: page(parts, prices, missing)})
     return missing
+
+
+def write_figures(folder: Path, drawn: list[tuple[Chart, str]], texts: dict[str, str]) -> None:
+    """Write the figures of a folder, and other texts behind them; figures that are no more are removed.
+
+    Raises:
+        ResultError: the folder cannot be written.
+    """
+    files = {f"{FIGURES}/{chart.name}.svg": standing_alone(svg) for chart, svg in drawn}
+    write_texts(folder, {**files, **texts})
+    for path in (folder / FIGURES).glob("*.svg"):
+        if f"{FIGURES}/{path.name}" not in files:
+            path.unlink()
 
 
 def committed_folders(results: Path) -> list[Path]:
@@ -134,7 +147,6 @@ def regenerate(root: Path) -> None:
     """
     results = root / "results"
     folder = headline_folder(results)
-    drawn = {figure_of(folder, chart): draw(chart) for charts in charts_in(folder).values() for chart in charts}
-    write_texts(folder, {str(path.relative_to(folder)): standing_alone(svg) for path, svg in drawn.items()})
+    write_figures(folder, [(chart, draw(chart)) for charts in charts_in(folder).values() for chart in charts], {})
     readme = (root / "README.md").read_text(encoding="utf-8")
     write_texts(root, {"results/SUMMARY.md": summary_text(results), "README.md": with_readme_block(readme, results)})

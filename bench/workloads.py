@@ -16,6 +16,9 @@ from fastmmu.vm import Workload
 BUNDLED_TRACE = Path(__file__).parent / "traces" / "excerpt-replay-linux-boot-long.npz"
 
 LONGEST_NAME = 60
+# Names that experiments have for workloads of their own, beside those of the small ones below; and the end of one of them.
+TAKEN = {"data", "all", "all-execute-only", "woven", "matrix-wp1", "matrix-wp0", "snapshot-linux-boot", "snapshot-fork-exec"}
+TAKEN_END = "-warm"
 RAM = 16 << 20
 DEVICE_A, DEVICE_B = 0xFE00_0000, 0xFE10_0000
 GVA = 0xFFFF_8000_0020_0000  # where the small workloads map their device
@@ -138,8 +141,10 @@ def trace_workload(path: Path, records: int | None = None) -> Workload:
     workload = load_replay(path, records)
     name = re.sub(r"^((excerpt|replay)-)+|-long$", "", workload.name)
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:LONGEST_NAME] or "trace"
-    if name in {make.__name__.replace("_", "-") for make in SMALL_WORKLOADS}:
+    if name in TAKEN | {make.__name__.replace("_", "-") for make in SMALL_WORKLOADS}:
         name = f"trace-{name}"
+    if name.endswith(TAKEN_END):
+        name = f"{name}-trace"
     return Workload(
         name=name,
         cpu=workload.cpu,

@@ -13,6 +13,7 @@ import numpy as np
 import pyperf
 import pytest
 from conftest import ROOT
+from test_replay_file import meta, save, small_columns
 
 from bench import rounds
 from bench.experiment import Cell, CheckError, Context, Timed
@@ -23,7 +24,7 @@ from bench.results import PRIVATE_METADATA, ResultError, load_suite, per_million
 from bench.rounds import Plan, WorkerError, calibrate, measure
 from bench.suite import matches
 from bench.tables import ratio_text
-from bench.workloads import BUNDLED_TRACE, remap_invlpg, trace_workload
+from bench.workloads import BUNDLED_TRACE, TAKEN, TAKEN_END, remap_invlpg, trace_workload
 from fastmmu._jit import JIT
 
 compiled_only = pytest.mark.skipif(not JIT, reason="pyperf's workers run compiled code whatever this process does")
@@ -295,5 +296,16 @@ def test_an_interruption_leaves_no_result_and_no_worker(tmp_path: Path, how: sig
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
-def test_trace_names_are_made_fit_for_cells() -> None:
+def test_trace_names_are_made_fit_for_cells(tmp_path: Path) -> None:
     assert trace_workload(BUNDLED_TRACE, 10).name == "linux-boot"
+    for name, fit in (("remap-invlpg", "trace-remap-invlpg"), ("data", "trace-data"), ("a-warm", "a-warm-trace"), ("a/b@c=1", "a-b-c-1")):
+        assert trace_workload(save(tmp_path / "x.npz", meta(small_columns(), name=name))).name == fit
+
+
+def test_no_trace_has_the_name_of_a_workload() -> None:
+    """Where cells of a trace stand beside those of workloads that an experiment builds."""
+    from bench import access_checks, ept_qualification, mmu_cost
+
+    assert {*access_checks.MATRIX, *access_checks.SNAPSHOT_NAMES} <= TAKEN
+    assert {workload.split("/")[1] for workload in ept_qualification.WORKLOADS} <= TAKEN
+    assert mmu_cost.WARM == TAKEN_END

@@ -185,6 +185,9 @@ def test_without_the_plotting_library_the_page_says_so(tmp_path: Path, monkeypat
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copied(tmp_path / "some", "mmio-cache", "replay")
     write_report(folder, Prices())
+    (folder / FIGURES / "of-yesterday.svg").write_text("")
+    write_report(folder, Prices())
+    assert sorted(path.name for path in (folder / FIGURES).iterdir()) == ["mmio-cache.svg", "replay.svg"]
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     honest = Path.write_text
 
