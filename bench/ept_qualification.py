@@ -180,7 +180,8 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
         f"All orders of {LENGTH} accesses, each on pages of its own. data: reads and writes; all: fetches too; all-execute-only: "
         "with execute-only pages in L1's EPT; woven: as all, the pages mixed at random instead of one after the other. An "
         "access that never completes is counted until the whole state recurs, then given up. Violations, "
-        "misconfigurations, injected violations and walks are per access. The time is the model's: an exit costs nothing."
+        "misconfigurations, injected violations and walks are per access. The time is the model's: an exit costs nothing. A "
+        "trace's accesses to devices come in its own order."
     )
     return [Table("ept-qualification", head, rows, note)]
 

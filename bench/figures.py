@@ -67,6 +67,7 @@ def draw(chart: Chart) -> str:
     Raises:
         FiguresError: matplotlib is not installed.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would warn about its own cache of fonts
     try:
         with warnings.catch_warnings():  # of matplotlib and what it imports, about each other
             warnings.simplefilter("ignore")
@@ -75,7 +76,6 @@ def draw(chart: Chart) -> str:
             from matplotlib.figure import Figure
     except ImportError as error:
         raise FiguresError(f"charts need matplotlib ({error}): pip install -e . brings it") from None
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # about its own cache of fonts
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure = Figure(layout="constrained")

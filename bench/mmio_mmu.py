@@ -51,7 +51,8 @@ def check(context: Context, cell: Cell) -> Checked:
     workload = replace(context.workload, events=context.workload.device_events)
     machine = machine_for(workload, KVMS[cell.strategy])
     replay_stream(workload, machine)
-    return Checked({**machine.counters(), "accesses": accesses(context)}, 0)
+    counters = machine.counters()
+    return Checked({**counters, "accesses": accesses(context)}, 0, counts={name: counters[name] for name in SHOWN})
 
 
 def timed(context: Context, cell: Cell) -> Timed:

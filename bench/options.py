@@ -228,6 +228,8 @@ def parse(arguments: list[str] | None = None) -> Options | Question:
     against = tuple(args.against or ())
     if len(against) > 2:
         raise UsageError(f"--against: {len(against)} folders, expected an older one, or an older and a newer one")
+    if args.report is not None and len(against) == 2:
+        raise UsageError("--report and --against: the newer folder is that of the report; name the older one only")
     if args.report is not None and args.output is not None:
         raise UsageError("--report writes beside the files that it reads: name their folder behind it, without --output")
     return Options(

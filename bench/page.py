@@ -47,7 +47,7 @@ def sheet() -> str:
 @media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}
 *{{box-sizing:border-box}}
 body{{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}}
-header,main,footer,nav{{max-width:62rem;margin:0 auto;padding:0 1.25rem}}
+header,main,footer,nav{{max-width:68rem;margin:0 auto;padding:0 1.25rem}}
 header{{padding-top:2.5rem}}
 h1{{font-size:1.9rem;line-height:1.2;margin:0 0 .75rem}}
 h2{{font-size:1.4rem;line-height:1.25;margin:3.5rem 0 .5rem;padding-top:1rem;border-top:1px solid var(--line)}}

@@ -16,7 +16,7 @@ from bench.interrupts import checkpoint
 from bench.options import Options, UsageError
 from bench.registry import EXPERIMENTS
 from bench.report import PAGE, committed_folders, headline_folder, regenerate, write_report
-from bench.results import load_suite, probe_folder
+from bench.results import load_suite, making_sense_of, probe_folder
 from bench.suite import Suite, matches
 from bench.workloads import BUNDLED_TRACE
 
@@ -37,6 +37,8 @@ def run(options: Options) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if options.report_only:
         folder = options.report or default_folder()
+        if options.priced:
+            show_projections(folder, list(EXPERIMENTS), options, console)
         show_report(folder, options, console)
         return compare(options.against[0], folder, options, console) if options.against else 0
     if len(options.against) == 2:
@@ -134,7 +136,10 @@ def show_projections(folder: Path, experiments: list[str], options: Options, con
     shown = False
     for name in experiments:
         path = folder / f"{name}.json"
-        table = projection(EXPERIMENTS[name], load_suite(path), options.prices) if path.exists() else None
+        if not path.exists():
+            continue
+        with making_sense_of(path):
+            table = projection(EXPERIMENTS[name], load_suite(path), options.prices)
         if table is not None:
             console.print(table.rich())
             console.print(table.note, highlight=False, markup=False)

@@ -179,6 +179,17 @@ def test_the_command_says_what_changed(
     assert ("1.30x slower" in told.out) == bool(status)
 
 
+def test_stored_files_are_reported_and_compared_with_costs(
+    older: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "install", lambda: None)
+    folder = newer(older, times_by(1.3, "mmio-cache/linux-boot/generation"))
+    assert command.main(["--report", str(folder), "--against", str(older), "--exit-cost", "0"]) == 1
+    told = capsys.readouterr()
+    assert not told.err and "projection, mmio-cache" in told.out and "exit cost 0 ns" in told.out and "1.30x slower" in told.out
+    assert (folder / "report.html").exists() and not (older / "report.html").exists()
+
+
 def test_the_command_refuses_what_it_cannot_read(
     older: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,6 +144,7 @@ def test_what_there_is_not_is_named_in_one_line(bench: Bench, arguments: list[st
     (["--against", "a", "b", "c"], "3 folders"),
     (["--report", "/does/not/exist"], "no result files in it"),
     (["--report", "a", "--output", "b"], "without --output"),
+    (["--report", "a", "--against", "b", "c"], "name the older one only"),
     (["--exit-cost", "-1"], "expected nanoseconds"),
     (["--min-speed", "x"], "expected a percentage"),
     (["--quick", "--rigorous"], "not allowed with"),
