@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from test_replay_file import meta, save, small_columns
 
-from bench import rounds
+from bench import interrupts, rounds
 from bench.experiment import Cell, CheckError, Context, Timed
 from bench.mmio_cache import check_workload
 from bench.prices import Prices
@@ -294,6 +294,28 @@ def test_an_interruption_leaves_no_result_and_no_worker(tmp_path: Path, how: sig
     assert "Traceback" not in errors
     assert not out.exists()
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_a_signal_while_a_worker_starts_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    honest = subprocess.Popen
+
+    def starting(command: list[str], **options: object) -> subprocess.Popen[str]:
+        started.append(honest(command, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", starting)
+    before = {which: signal.getsignal(which) for which in interrupts.SIGNALS}
+    interrupts.install()
+    try:
+        with pytest.raises(interrupts.Interrupted, match="SIGTERM"), rounds.child(["sleep", "60"]):
+            pytest.fail("the signal is lost")
+    finally:
+        interrupts._pending.clear()
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_trace_names_are_made_fit_for_cells(tmp_path: Path) -> None:
