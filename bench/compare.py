@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench.costs import projected
 from bench.experiment import Cell, Context, Experiment, Over
-from bench.options import Question, UsageError
+from bench.options import ROUNDS, Question, UsageError
 from bench.ratios import Related, related
 from bench.registry import EXPERIMENTS
 from bench.suite import Suite
@@ -39,9 +39,10 @@ def ask(question: Question) -> int:
     cells = chosen_cells(experiment, context, question)
     suite = Suite(context, cells, Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH))
     suite.check()
-    suite.measure(question.rounds)
-    rows = answers(experiment, suite, question)
-    print(FORMS[question.form](experiment, rows, question), end="")
+    asked = replace(question, rounds=question.rounds or max(ROUNDS, experiment.rounds))
+    suite.measure({experiment.name: asked.rounds})
+    rows = answers(experiment, suite, asked)
+    print(FORMS[question.form](experiment, rows, asked), end="")
     return 0
 
 

@@ -98,7 +98,7 @@ class Question:
     strategies: tuple[str, ...]
     workloads: tuple[str, ...]
     vary: tuple[tuple[str, tuple[int, ...]], ...]
-    rounds: int
+    rounds: int | None
     form: str
     prices: Prices
 
@@ -140,7 +140,9 @@ def parser() -> argparse.ArgumentParser:
         help="values of a parameter of the workload; may be given again for another parameter: every combination is measured. "
         "An unknown name prints those that the experiment has, with their meaning",
     )  # fmt: skip
-    compare.add_argument("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"interleaved rounds (default: {ROUNDS})")
+    compare.add_argument(
+        "--rounds", type=positive, metavar="N", help=f"interleaved rounds (default: {ROUNDS}, or what the experiment needs)"
+    )
     form = compare.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="table", help="JSON, all counters in it")
     form.add_argument("--csv", dest="form", action="store_const", const="csv", help="CSV, a column for each counter")

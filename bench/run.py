@@ -60,12 +60,12 @@ def measured(options: Options, context: Context, chosen: list[Cell], console: Co
     probe_folder(folder)
     suite = Suite(context, chosen, console)
     suite.check()
-    suite.measure(options.rounds)
+    experiments = list(dict.fromkeys(cell.experiment for cell in chosen))
+    suite.measure({name: max(options.rounds, EXPERIMENTS[name].rounds) for name in experiments})
     if not suite.benchmarks():
         raise UsageError(f"{context.trace}: nothing was timed, and no counter is above zero: no results")
     suite.write(folder)
     suite.show(folder)
-    experiments = list(dict.fromkeys(cell.experiment for cell in chosen))
     if options.priced:
         show_projections(folder, experiments, options, console)
     show_report(folder, options, console)

@@ -99,8 +99,8 @@ class Suite:
         except (MachineError, AuditError, ValueError) as error:
             raise CheckError(f"{cell.name}: {error}") from None
 
-    def measure(self, rounds: int) -> None:
-        """Time the cells, each experiment in its own rounds.
+    def measure(self, rounds: dict[str, int]) -> None:
+        """Time the cells, each experiment in its own rounds, so many as stand beside its name.
 
         Raises:
             WorkerError: a worker failed or came to another digest. CheckError: a timed run delivers something else.
@@ -112,15 +112,14 @@ class Suite:
         groups: dict[str, list[Cell]] = {}
         for cell in self.timed_cells:
             groups.setdefault(cell.experiment, []).append(cell)
-        rounds_of = {name: max(rounds, EXPERIMENTS[name].rounds) for name in groups}
         with self.progress() as progress:
-            total = sum(rounds_of[name] * len(cells) for name, cells in groups.items())
+            total = sum(rounds[name] * len(cells) for name, cells in groups.items())
             task = progress.add_task("timing", total=total)
             for name, cells in groups.items():
                 progress.update(task, description=f"calibrating {name}")
                 plans = [self.plan(cell) for cell in cells]
                 progress.update(task, description=f"timing {name}")
-                self.runs |= measure(plans, rounds_of[name], self.context, self.advance(progress, task))
+                self.runs |= measure(plans, rounds[name], self.context, self.advance(progress, task))
             progress.update(task, description="timed")
 
     @staticmethod
