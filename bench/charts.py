@@ -79,12 +79,12 @@ class Lines:
     def words(self) -> str:
         """Every point, for who cannot see it."""
         said = "; ".join(
-            f"{panel.title}, {one.label}: " + ", ".join(f"{x:g}: {y:.3g}" for x, y in one.points)
+            f"{panel.title}{', ' * bool(panel.title)}{one.label}: " + ", ".join(f"{x:g}: {y:.3g}" for x, y in one.points)
             for panel in self.panels
             for one in panel.series
         )
         levels = "".join(f" {label}: {value:.2f}." for value, label in self.levels)
-        return f"{self.title}. {self.y_axis} over {self.x_axis}. {said}.{levels}"
+        return f"{self.title}. {self.y_axis}, by {self.x_axis}. {said}.{levels}"
 
 
 Chart = Bars | Lines

@@ -10,7 +10,6 @@ import io
 import logging
 import math
 import re
-import textwrap
 import warnings
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif
 WIDTH, ROW = 7.4, 0.235  # inches
 LOGARITHMIC = 12  # bars whose values differ by more than this factor
 COLUMNS = 3  # of panels
+LONG_TITLE = 32  # of a panel: behind its comma goes below
 LOOKS = {
     "published": {"color": ORANGE, "marker": "o", "linestyle": "none", "markersize": 5},
     "simulated": {"color": BLUE, "marker": "", "linestyle": "-"},
@@ -183,7 +183,8 @@ def draw_panel(axes: Axes, panel: Panel, chart: Lines, handles: dict[str, Any]) 
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     if panel.title:
-        axes.set_title(textwrap.fill(panel.title, 32), fontsize=8, loc="left", color=INK)
+        title = panel.title if len(panel.title) <= LONG_TITLE else panel.title.replace(", ", ",\n", 1)
+        axes.set_title(title, fontsize=8, loc="left", color=INK)
     for one in panel.series:
         x, y = zip(*one.points, strict=True)
         (line,) = axes.plot(x, y, linewidth=1.6, **LOOKS[one.source])
