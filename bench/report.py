@@ -72,12 +72,16 @@ def write_report(folder: Path, prices: Prices) -> str:
             missing = f"No charts: {error}."
         figures += drawn
         parts.append(Part(experiment, suite, tuple(tables), what_if, tuple(drawn)))
-    write_figures(folder, figures, {PAGE: page(parts, prices, missing)})
+    texts = {PAGE: page(parts, prices, missing)}
+    if missing:
+        write_texts(folder, texts)  # figures that were drawn elsewhere stay
+    else:
+        write_figures(folder, figures, texts)
     return missing
 
 
 def write_figures(folder: Path, drawn: list[tuple[Chart, str]], texts: dict[str, str]) -> None:
-    """Write the figures of a folder, and other texts behind them; figures that are no more are removed.
+    """Write all figures of a folder, and other texts behind them; figures that are no more are removed.
 
     Raises:
         ResultError: the folder cannot be written.

@@ -175,11 +175,13 @@ def test_stored_figures_are_those_of_the_stored_files() -> None:
 def test_without_the_plotting_library_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = copied(tmp_path / "some", "mmio-cache")
+    (folder / FIGURES).mkdir()
+    (folder / FIGURES / "mmio-cache.svg").write_text("drawn elsewhere")
     missing = write_report(folder, Prices())
     assert missing.startswith("No charts: charts need matplotlib") and "\n" not in missing
     text = unescape((folder / PAGE).read_text())
     assert missing in text and "<svg" not in text and "3.00 [2.97, 3.01]" in text
-    assert not (folder / FIGURES).exists()
+    assert [path.read_text() for path in (folder / FIGURES).iterdir()] == ["drawn elsewhere"]
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
