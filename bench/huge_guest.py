@@ -41,19 +41,20 @@ class HugeGuest:
         size: bytes, a multiple of the page size.
         windows: for each window the rights of its pages, in turn: names of RIGHTS.
         level: 2 or 3.
+        vcpus: processors, which all walk the same tables.
     """
 
-    def __init__(self, kvm: Kvm, size: int, windows: Sequence[Sequence[str]], level: int = 2) -> None:
+    def __init__(self, kvm: Kvm, size: int, windows: Sequence[Sequence[str]], level: int = 2, vcpus: int = 1) -> None:
         self.size, self.windows, self.level = size, [list(one) for one in windows], level
         self.page = PAGE << 9 * (level - 1)
         self.count = size // self.page
         tables = 64 + 3 * len(windows) * (2 + size // GIB + size // (PAGE * 512))
-        self.machine = Machine(kvm, CPU, memory=GIB + size, tables=tables)
+        self.machine = Machine(kvm, CPU, memory=GIB + size, tables=tables, vcpus=vcpus)
         self.write_tables()
         slots = ((TABLES_SLOT, 0, GIB // 4), (DATA_SLOT, GIB, size))
         self.prepared = [self.machine.prepare_slot(number, gpa, length, host_level=level) for number, gpa, length in slots]
         self.run(EventList().add(Op.SLOT_CREATE, value=self.prepared[0]).add(Op.SLOT_CREATE, value=self.prepared[1]))
-        self.run(EventList().add(Op.PAGE_LIMIT, value=tables).add(Op.EXIT))
+        self.run(EventList().add(Op.PAGE_LIMIT, value=tables).each_vcpu(vcpus, Op.EXIT))
         self.machine.populate(tables)
         heads = np.arange(self.count, dtype=np.uint64) * np.uint64(self.page)
         names = [[own[i % len(own)] for i in range(self.count)] for own in self.windows]
@@ -84,12 +85,14 @@ class HugeGuest:
     def map_huge(self) -> None:
         """Nothing is mapped but huge pages, all of them."""
         self.log(on=False)
-        self.run(EventList().add(Op.SLOT_DELETE, address=DATA_SLOT).add(Op.SLOT_CREATE, value=self.prepared[1]).add(Op.EXIT))
+        events = EventList().add(Op.SLOT_DELETE, address=DATA_SLOT).add(Op.SLOT_CREATE, value=self.prepared[1])
+        self.run(events.each_vcpu(self.machine.vcpus, Op.EXIT))
         self.touch(self.heads, self.head_accesses)
 
     def log(self, *, on: bool) -> None:
         """Dirty logging on, which splits, or off."""
-        self.run(EventList().add(Op.SLOT_FLAGS, address=DATA_SLOT, value=LOG if on else 0).add(Op.EXIT))
+        events = EventList().add(Op.SLOT_FLAGS, address=DATA_SLOT, value=LOG if on else 0)
+        self.run(events.each_vcpu(self.machine.vcpus, Op.EXIT))
 
     def touch(self, gvas: np.ndarray, accesses: np.ndarray, ticks: np.ndarray | None = None, vcpu: int = 0) -> int:
         """The guest's accesses: how many faults they took, -1 where one was denied."""

@@ -18,6 +18,7 @@ from bench import (
     shadow_caches,
     shadow_faults,
     shadow_memory,
+    split_latency,
     walk_speed,
 )
 from bench.experiment import Experiment
@@ -36,6 +37,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         nested_caches.EXPERIMENT,
         ept_qualification.EXPERIMENT,
         cached_access.EXPERIMENT,
+        split_latency.EXPERIMENT,
         faults.EXPERIMENT,
         mmu_cost.EXPERIMENT,
         mmio_mmu.EXPERIMENT,

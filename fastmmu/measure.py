@@ -65,6 +65,12 @@ def walk_spte_column(vm, vcpus, gpas, access):
     return mapped, total
 
 
+@kernel
+def time_stamp():
+    """The processor's time-stamp counter, cycles."""
+    return cycles()
+
+
 MOST_FAULTS = 100  # of one access: far more than any takes
 
 
@@ -87,11 +93,11 @@ def touch(vm, vcpu, gva, access):
 
 
 @inner
-def note_ticks(ticks, i, since):
-    """Keep how long an access took, where anybody wants to know."""
+def note_ticks(ticks, i, since, faults):
+    """Keep how long an access took that faulted, where anybody wants to know; 0 for one that did not."""
     if ticks is None:
         return
-    ticks[i] = cycles() - since
+    ticks[i] = cycles() - since if faults != 0 else ZERO
 
 
 @inner
@@ -108,14 +114,14 @@ def touch_column(vm, vcpus, number, gvas, accesses, ticks):
 
     Args:
         gvas, accesses: uint64, as many; PFERR bits.
-        ticks: uint64, as many, for the cycles that each took, or None.
+        ticks: uint64, as many, for the cycles that each took, 0 where none faulted; or None.
     """
     vcpu = vcpu_of(vcpus, number)
     total, denied = 0, False
     for i in range(len(gvas)):
         since = begin_ticks(ticks)
         faults = touch(vm, vcpu, gvas[i], accesses[i])
-        note_ticks(ticks, i, since)
+        note_ticks(ticks, i, since, faults)
         denied |= faults < 0
         total += faults
     return -1 if denied else total

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from bench import lock_scaling
-from bench.lock_scaling import FAULTS, FITTED, PAGES, Costs, fit, published, series, simulate
+from bench.lock_scaling import FAULTS, FITTED, PAGES, Costs, fit, published, series, simulate, simulate_split
 from fastmmu._jit import JIT
 
 
@@ -50,6 +50,21 @@ def test_published_rows() -> None:
     assert rows["v3 tdp_mmu=N ept=Y", 100, 64] == 17.907075277
     assert rows["v6 tdp_mmu=Y in L2", 5, 16] == 4.258323166
     assert rows["split on fault TDP MMU before", 100, 96] == 2.681123208
+    split = {(row.source, row.writes, row.vcpus): row.split_seconds for row in published()}
+    assert split["v3 tdp_mmu=N ept=N", 5, 64] == 0.984948363
+    assert split["v6 tdp_mmu=Y in L2", 50, 8] == 0.525316794
+    assert {row.map for row in published() if "ept=Y" in row.source or "TDP" in row.source} == {"direct"}
+
+
+def test_split_pages_fault_where_they_are_written_through_a_shadow() -> None:
+    """Nothing of a direct map, every write of an indirect one; then few writes cost little, and all of them as much as before."""
+    rows = {(row.source, row.writes): row for row in published()}
+    costs, read, write = Costs(100.0, 1000.0, 50.0), 20.0, 200.0
+    direct = rows["v3 tdp_mmu=N ept=Y", 5]
+    assert simulate_split(64, direct, costs, read, write) == pytest.approx(PAGES * (0.05 * write + 0.95 * read))
+    few, all_of_them = (simulate_split(8, rows["v6 tdp_mmu=Y in L2", writes], costs, read, write) for writes in (5, 100))
+    assert all_of_them == pytest.approx(simulate(8, costs) / FAULTS * PAGES)
+    assert few < all_of_them / 8
 
 
 @pytest.mark.skipif(not JIT, reason="300,000 faults")

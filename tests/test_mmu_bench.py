@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import fast_faults, faults, mmio_mmu, mmu_cost, shadow_caches, shadow_faults, shadow_memory
+from bench import cached_access, fast_faults, faults, mmio_mmu, mmu_cost, shadow_caches, shadow_faults, shadow_memory, split_latency
 from bench.experiment import Cell, Context
 from bench.workloads import BUNDLED_TRACE
 from fastmmu._jit import JIT
 
+HUGE_PAGES = 8
 pytestmark = pytest.mark.skipif(not JIT, reason="whole guests: compiled code only")
 
 
@@ -21,9 +22,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fast_faults, "SIZE", 1 << 24)
     monkeypatch.setattr(fast_faults, "RESUME_SIZE", 1 << 24)
     monkeypatch.setattr(shadow_memory, "SIZES", {"16-mib": 1 << 24})
-    fast_faults.guest.cache_clear()
+    monkeypatch.setattr(cached_access, "SIZE", HUGE_PAGES << 21)
+    monkeypatch.setattr(cached_access, "LARGE", HUGE_PAGES << 22)
+    monkeypatch.setattr(cached_access, "SPLIT_SIZE", 1 << 30)
+    monkeypatch.setattr(split_latency, "SIZE", 1 << 28)
+    monkeypatch.setattr(split_latency, "PART", 1 << 26)
+    monkeypatch.setattr(split_latency, "REPEATS", 2)
+    for cached in (fast_faults.guest, cached_access.guest):
+        cached.cache_clear()
     yield
-    fast_faults.guest.cache_clear()
+    for cached in (fast_faults.guest, cached_access.guest):
+        cached.cache_clear()
 
 
 def test_names_of_cells() -> None:
@@ -59,6 +68,47 @@ def test_each_write_protection_fault_is_fixed_where_it_should_be(small: None) ->
         if not fast_faults.is_trace(cell) and cell.strategy.startswith(fast_faults.LOCKED):
             assert checked.counters["lock_taken"] - checked.counters["accesses"] in (0, 1)  # and once where threads have ended
             assert checked.counters["lock_held"] > 0
+
+
+def test_rights_of_split_pages_cost_what_the_facts_say(small: None) -> None:
+    """Facts 8.4, 8.5: without NX huge pages all strategies coincide; with them propagated rights cost a table, a flush and new faults
+    for each huge page that is touched again, where the guest may execute it."""
+    context, found = Context(BUNDLED_TRACE, 60_000), {}
+    for cell in cached_access.cells(context):
+        if "-1g" in cell.workload and cell.strategy == "guest-walk":
+            continue  # a second or two each
+        checked = cached_access.check(context, cell)
+        timed = cached_access.timed(context, cell)
+        timed.run(1)
+        assert timed.digest() == checked.expected
+        found[cell.workload, cell.strategy] = checked.counters
+    names = ("pf_taken", "splits", "remote_tlb_flush_requests", "mmu_cache_miss", "orphans", "pages_4k")
+    for workload, work in cached_access.workloads().items():
+        if work.level == 3:
+            continue
+        lazy, cached, walked, propagated = (
+            found[workload, name] for name in (cached_access.LAZY, "cached", "guest-walk", "propagate")
+        )
+        assert lazy["splits"] == lazy["split_reads"] == cached["split_reads"] == cached["orphans"] == 0
+        assert walked["split_reads"] == walked["splits"] == cached["splits"]
+        assert [walked[name] for name in names] == [cached[name] for name in names]
+        same = [propagated[name] for name in names] == [cached[name] for name in names]
+        assert same == (not work.nx or all(rights in ("rw", "nx") for rights in work.windows[0])), workload
+        assert cached["pf_taken"] <= propagated["pf_taken"]
+    executed = found["rwx-nx-on", "propagate"]
+    assert executed["orphans"] == HUGE_PAGES and executed["mmu_cache_miss"] == 2 * HUGE_PAGES
+    assert executed["remote_tlb_flush_requests"] == found["rwx-nx-on", "cached"]["remote_tlb_flush_requests"] + HUGE_PAGES
+    few = {strategy: found["rwx-5-nx-on", strategy]["pf_taken"] for strategy in cached_access.STRATEGIES}
+    assert few["cached"] < 512 * HUGE_PAGES / 10 < few["propagate"] and few["lazy"] > 512 * HUGE_PAGES / 2
+    assert not found[f"{context.workload.name}-nx-on", cached_access.LAZY]["splits"]
+    assert found[f"{context.workload.name}-nx-on", "cached"]["splits"]
+
+
+@pytest.mark.parametrize("strategy", split_latency.STRATEGIES)
+def test_faults_go_on_while_huge_pages_are_split(small: None, strategy: str) -> None:
+    """Two threads: every write is done, the state holds together, and both kinds of fault were there to be timed."""
+    checked = split_latency.check(Context(BUNDLED_TRACE, None), Cell(split_latency.NAME, "small", strategy))
+    assert checked.counters["quiet_faults"] and checked.counters["quiet_p50"]
 
 
 def test_warm_streams_cause_no_exit() -> None:
