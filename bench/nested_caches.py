@@ -11,7 +11,7 @@ from bench.replay_cost import EndTables, unanswered
 from bench.results import counters_of
 from bench.tables import Table, by_workload, nanoseconds, ratio_text, round_values
 from fastmmu import Ept, GuestMemory
-from fastmmu.nested import walk_nested_stream
+from fastmmu.nested_plain import walk_nested_stream
 from fastmmu.processor import load_registers, make_state
 from fastmmu.state import NestedStat
 from fastmmu.strategy import NESTED_CACHES

@@ -18,8 +18,8 @@ from bench.walk_speed import HUGE, LEAF, digest_of
 from fastmmu import WRITE, Cpu, Ept, EptCaps, GuestMemory, Npt, translate_many, translate_nested_many
 from fastmmu.bits import CR0, CR4, EFER, EPT
 from fastmmu.ept import ept_state
-from fastmmu.nested import walk_nested_column
 from fastmmu.nested_caches import make_nested_caches
+from fastmmu.nested_plain import walk_nested_column
 from fastmmu.processor import mmu_of
 from fastmmu.state import TRAIL_LENGTH
 from fastmmu.translate_nested import host_of, make_scratch

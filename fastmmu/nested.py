@@ -18,16 +18,14 @@ from __future__ import annotations
 import numpy as np
 
 from fastmmu._jit import kernel
-from fastmmu.bits import ACC, EPT, GPTE64, ONE, PAGE_MASK, PAGE_SHIFT, PFERR, WORD_SHIFT, ZERO, field
+from fastmmu.bits import ACC, EPT, GPTE64, ONE, PAGE_MASK, PAGE_SHIFT, PFERR, ZERO, field
 from fastmmu.ept import INDEX_BITS, OUTSIDE, count, walk_ept
 from fastmmu.memory import find_slot
-from fastmmu.nested_caches import clear_structures, fill_page, fill_structure, find_page, find_structure
-from fastmmu.paging import LONG4, PlainColumn
+from fastmmu.paging import LONG4
 from fastmmu.permission import key_fault, permission_fault
-from fastmmu.state import NO_SLOT, Checks, Exit, HostKind, HostPlain, HostWalk, NestedStat, NestedWalk, Reg, Walk
+from fastmmu.state import NO_SLOT, Exit, HostKind, HostWalk, NestedStat, NestedWalk, Reg
 from fastmmu.walk import (
     ALL_ONES,
-    MODE_LONG4,
     MODE_NONE,
     PDPTE_INDEX,
     PDPTE_LEVEL,
@@ -35,12 +33,8 @@ from fastmmu.walk import (
     ROM,
     access_of,
     exchange_entry,
-    mix,
     mode_of,
     page_gpa,
-    plain_answer,
-    plain_entry,
-    plain_for,
     read_entry,
     reserved_row,
     table_index,
@@ -249,193 +243,3 @@ def walk_nested(mem, mmu, host, scratch, stat, gva, access):
             if not set_guest_flags(mem, scratch, mode, gva, level, write):
                 continue
         return finish(mem, host, scratch, stat, page_gpa(mode, gpte, gva, level), level, page_access, access)
-
-
-# --- the plain case, in both dimensions ----------------------------------------------------------------------------
-
-
-@kernel
-def checks_of(host, kind):
-    """The masked compares for one kind of access."""
-    return Checks(
-        host.checks[kind, PlainColumn.POINTER_MASK],
-        host.checks[kind, PlainColumn.POINTER],
-        host.checks[kind, PlainColumn.LEAF_MASK],
-        host.checks[kind, PlainColumn.LEAF],
-    )
-
-
-@kernel
-def host_plain_for(host, access):
-    """The second dimension's checks for walks with `access` (PFERR bits)."""
-    kind = WRITE_KIND if access & PFERR.W != ZERO else FETCH_KIND if access & PFERR.F != ZERO else READ_KIND
-    table, final = checks_of(host, TABLE_KIND), checks_of(host, kind)
-    return HostPlain(host.root, host.levels, table, final, kind, host.reserved_2m, host.reserved_1g)
-
-
-@kernel
-def fold_type(entry):
-    """A leaf with bit 4 inverted where bit 5 is set: bits 4:3 are 0 just for the memory types 0 and 6, uncacheable and write-back.
-    AMD's leaves have no type there, and nothing asks for these bits."""
-    return entry ^ ((entry >> ONE) & TYPE_MIDDLE)
-
-
-@kernel(inline=True)
-def host_address(mem, host, checks, stat, gpa):
-    """hpa of `gpa` where the walk of the second dimension is plain: nothing denied, A and D set; else NOWHERE."""
-    if host.levels == FOUR_LEVELS:  # a constant unrolls the loop: 27 against 33 ns per two-dimensional walk
-        return host_address_from(mem, host, checks, stat, gpa, FOUR_LEVELS)
-    return host_address_of(mem, host, checks, stat, gpa)
-
-
-@kernel
-def host_address_of(mem, host, checks, stat, gpa):
-    """The same for any number of levels, not inlined."""
-    return host_address_from(mem, host, checks, stat, gpa, host.levels)
-
-
-@kernel(inline=True)
-def host_address_from(mem, host, checks, stat, gpa, level):
-    """The same, from the top table, which is one of `level`."""
-    table = host.root
-    if gpa >> (PAGE_SHIFT + INDEX_BITS * level) != ZERO:
-        return NOWHERE
-    while True:
-        entry = plain_entry(mem, table, gpa, level)
-        count(stat, NestedStat.HOST_READS, ONE)
-        if level == ONE:
-            return page_gpa(LONG4, entry, gpa, ONE) if fold_type(entry) & checks.leaf_mask == checks.leaf else NOWHERE
-        if entry & checks.pointer_mask != checks.pointer:
-            if level > ONE_GIB_LEVEL or entry & EPT.PS == ZERO or fold_type(entry) & checks.leaf_mask != checks.leaf:
-                return NOWHERE
-            reserved = host.reserved_2m if level == TWO_MIB_LEVEL else host.reserved_1g
-            return page_gpa(LONG4, entry, gpa, level) if entry & reserved == ZERO else NOWHERE
-        table = entry & EPT.ADDR
-        level -= ONE
-
-
-@kernel(inline=True)
-def host_page(pages, mem, host, checks, kind, stat, gpa):
-    """`host_address`, by the nested cache where there is one."""
-    if pages is None:
-        return host_address(mem, host, checks, stat, gpa)
-    hpa = find_page(pages, kind, stat, gpa)
-    if hpa == NOWHERE:
-        hpa = host_address(mem, host, checks, stat, gpa)
-        if hpa != NOWHERE:
-            fill_page(pages, kind, gpa, hpa)
-    return hpa
-
-
-@kernel
-def not_plain():
-    """Says only that the exact walk must answer."""
-    return NestedWalk(False, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO)
-
-
-@kernel(inline=True)
-def walk_nested_plain(mem, mmu, plain, host, structures, pages, stat, gva):
-    """The plain case of 4-level and 5-level paging, in both dimensions: one masked compare for each entry stands for all checks.
-
-    Answers as `walk_nested` for the access of `plain` and `host`, or not ok. `structures` and `pages` are the caches of
-    NestedCaches; they hold nothing but what plain walks have found.
-    """
-    if structures is None:
-        if plain.mode == MODE_LONG4:
-            return walk_nested_from(mem, mmu, plain, host, structures, pages, stat, gva, FOUR_LEVELS, NOWHERE, ALL_ONES, ZERO)
-    level, at, rights, seen = find_structure(structures, plain, stat, gva)
-    return walk_nested_from(mem, mmu, plain, host, structures, pages, stat, gva, level, at, rights, seen)
-
-
-@kernel(inline=True)
-def walk_nested_from(mem, mmu, plain, host, structures, pages, stat, gva, level, at, rights, seen):
-    """The same from the guest's table of `level`, which is at hpa `at`, or NOWHERE for the top one."""
-    table = plain.root
-    while True:
-        if at == NOWHERE:
-            gpa = table | (table_index(gva, level, INDEX_BITS) << WORD_SHIFT)
-            at = host_page(pages, mem, host, host.table, TABLE_KIND, stat, gpa)
-            if at == NOWHERE:
-                return not_plain()
-            at &= PAGE_MASK
-            if level < plain.mode:
-                fill_structure(structures, level, gva, at, rights, seen)
-        gpte = plain_entry(mem, at, gva, level)
-        count(stat, NestedStat.GUEST_READS, ONE)
-        rights &= gpte
-        seen |= gpte
-        if level == ONE:
-            if gpte & plain.leaf_mask != plain.leaf:
-                return not_plain()
-            break
-        if gpte & plain.pointer_mask != plain.pointer:
-            reserved = mmu.reserved[reserved_row(GPTE64.PS, level)]
-            if gpte & GPTE64.PS == ZERO or gpte & reserved != ZERO or gpte & plain.leaf_mask != plain.leaf:
-                return not_plain()
-            break
-        table = gpte & LONG4.root
-        at = NOWHERE
-        level -= ONE
-    walk = plain_answer(gpte, gva, level, rights, seen)
-    hpa = host_page(pages, mem, host, host.final, host.kind, stat, walk.gpa)
-    if hpa == NOWHERE:
-        return not_plain()
-    return NestedWalk(True, hpa, walk.gpa, level, walk.access, ZERO, ZERO, ZERO)
-
-
-@kernel
-def reads_of(stat):
-    """(guest's, host's) entries read so far."""
-    if stat is None:
-        return ZERO, ZERO
-    return stat[NestedStat.GUEST_READS], stat[NestedStat.HOST_READS]
-
-
-@kernel
-def take_back(stat, reads):
-    """Forget what a walk has read that was not plain: it begins again."""
-    if stat is None:
-        return
-    stat[NestedStat.GUEST_READS], stat[NestedStat.HOST_READS] = reads
-
-
-@kernel(inline=True)
-def walk_nested_by(mem, mmu, host, scratch, caches, stat, plain, masks, gva):
-    """Walk: the plain case at once, all others exactly. `plain` and `masks` (HostPlain) are made once for a loop."""
-    count(stat, NestedStat.WALKS, ONE)
-    if plain.mode >= MODE_LONG4:
-        before = reads_of(stat)
-        walk = walk_nested_plain(mem, mmu, plain, masks, caches.structures, caches.pages, stat, gva)
-        if walk.ok:
-            return walk
-        take_back(stat, before)
-    return walk_nested(mem, mmu, host, scratch, stat, gva, plain.access)
-
-
-@kernel(inline=True)
-def walk_nested_gva(mem, mmu, host, scratch, caches, stat, gva, access):
-    """`walk_nested_by` for one address; arguments as `walk_nested`, and NestedCaches. Not inlined it costs 281 ns instead of 25."""
-    return walk_nested_by(mem, mmu, host, scratch, caches, stat, plain_for(mmu, access), host_plain_for(host, access), gva)
-
-
-@kernel
-def walk_nested_column(mem, mmu, host, scratch, caches, stat, gvas, access, hpas):
-    """Walk one address after another, all with one access: hpas[i], 0 where the walk does not come to its end."""
-    plain, masks = plain_for(mmu, access), host_plain_for(host, access)
-    for i in range(len(gvas)):
-        walk = walk_nested_by(mem, mmu, host, scratch, caches, stat, plain, masks, gvas[i])
-        hpas[i] = walk.hpa if walk.ok else ZERO
-
-
-@kernel
-def walk_nested_stream(mem, mmu, host, scratch, caches, stat, cr3s, gvas, accesses):
-    """Walk the records of a stream, columns of equal length; a new CR3 is loaded where it changes, which clears what is remembered
-    of the guest's tables. Returns the order-sensitive digest of the hpas."""
-    digest = ZERO
-    for i in range(len(gvas)):
-        if cr3s[i] != mmu.reg[Reg.CR3]:
-            mmu.reg[Reg.CR3] = cr3s[i]
-            clear_structures(caches.structures, stat)
-        walk = walk_nested_gva(mem, mmu, host, scratch, caches, stat, gvas[i], np.uint64(accesses[i]))
-        digest = mix(digest, Walk(walk.ok, walk.hpa, walk.level, walk.access, walk.pferr))
-    return digest

@@ -12,7 +12,16 @@ from fastmmu._jit import kernel
 from fastmmu.batch import BLOCK, ENTRY, INDEX, PREFETCH_LEVEL, RIGHTS, WRONG, gather, is_address, is_canonical, prefetch_entries
 from fastmmu.bits import ACC, EPT, GPTE64, ONE, PAGE_MASK, PAGE_OFFSET, PAGE_SHIFT, WORD_SHIFT, ZERO, field
 from fastmmu.ept import INDEX_BITS
-from fastmmu.nested import NOWHERE, TWO_MIB_LEVEL, fold_type, host_address_of, host_plain_for, not_plain, walk_nested_by
+from fastmmu.nested_plain import (
+    NOWHERE,
+    TWO_MIB_LEVEL,
+    fold_type,
+    host_address_of,
+    host_plain_for,
+    not_plain,
+    walk_nested_by,
+    way_to,
+)
 from fastmmu.paging import LONG4
 from fastmmu.state import Reg
 from fastmmu.walk import ALL_ONES, MODE_LONG4, access_of, page_gpa, plain_for, table_index
@@ -36,10 +45,10 @@ def put(answers, i, walk):
 
 
 @kernel(inline=True)
-def walk_alone(mem, mmu, host, scratch, caches, plain, masks, gva):
+def walk_alone(mem, mmu, host, scratch, caches, plain, masks, way, gva):
     """One walk, of any kind."""
     if is_address(plain.mode, gva):
-        return walk_nested_by(mem, mmu, host, scratch, caches, None, plain, masks, gva)
+        return walk_nested_by(mem, mmu, host, scratch, caches, None, plain, masks, way, gva)
     return not_plain()
 
 
@@ -179,6 +188,7 @@ def translate_nested_all(mem, mmu, host, scratch, caches, gvas, accesses, answer
         return
     one_access = np.uint64(len(accesses)) == ONE
     plain, masks = plain_for(mmu, accesses[0]), host_plain_for(host, accesses[0])
+    way = way_to(mem, masks, plain.root)
     first = ZERO
     while first < length:
         count = min(block, length - first)
@@ -197,5 +207,5 @@ def translate_nested_all(mem, mmu, host, scratch, caches, gvas, accesses, answer
                 if lanes[WRONG + i] != ZERO:
                     if not same:
                         plain, masks = plain_for(mmu, accesses[first + i]), host_plain_for(host, accesses[first + i])
-                    put(answers, first + i, walk_alone(mem, mmu, host, scratch, caches, plain, masks, gvas[first + i]))
+                    put(answers, first + i, walk_alone(mem, mmu, host, scratch, caches, plain, masks, way, gvas[first + i]))
         first += block

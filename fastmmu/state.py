@@ -199,6 +199,15 @@ class HostPlain(NamedTuple):
     reserved_1g: np.uint64
 
 
+class Way(NamedTuple):
+    """How the second dimension led to the guest's top table when a loop began (see nested_plain.way_to)."""
+
+    hpa: np.uint64  # of that table; all ones where the way is not plain, then the rest says nothing
+    reads: np.uint64
+    places: tuple[np.uint64, np.uint64, np.uint64, np.uint64]  # words that the entries are in, the top one first
+    entries: tuple[np.uint64, np.uint64, np.uint64, np.uint64]
+
+
 class NestedCaches(NamedTuple):
     """What a processor may remember of two-dimensional walks. Absent parts are None.
 

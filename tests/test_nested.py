@@ -14,8 +14,10 @@ import fastmmu
 from fastmmu import Cpu, Ept, EptCaps, GuestMemory, Npt, OutsideMemory, translate_nested, translate_nested_many
 from fastmmu._jit import JIT
 from fastmmu.bits import ACC, CR4, EPT, GPTE64, PFERR
-from fastmmu.nested import walk_nested, walk_nested_gva
+from fastmmu.events import EVENT
+from fastmmu.nested import walk_nested
 from fastmmu.nested_caches import clear_pages, clear_structures, make_nested_caches
+from fastmmu.nested_plain import walk_nested_gva, walk_nested_stream
 from fastmmu.paging import Mode
 from fastmmu.processor import mmu_of
 from fastmmu.reference.ept import Caps, EptWalker, Outside
@@ -270,6 +272,16 @@ def test_reads_of_a_walk(levels: int, host_levels: int, reads: int, exact: bool,
     assert stat[NestedStat.GUEST_READS] + stat[NestedStat.HOST_READS] == reads
 
 
+@pytest.mark.parametrize("ept", [True, False], ids=["ept", "npt"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "plain"])
+@pytest.mark.parametrize(("level", "reads"), [(2, 4 + 5 * 3), (3, 4 + 5 * 2)])
+def test_reads_over_large_pages_of_the_second_dimension(level: int, reads: int, exact: bool, ept: bool) -> None:
+    guest = Guest(ept=ept, flags=True)
+    guest.words[guest.host_table(level) >> 3] = PS | (WB | R | EW | X | EA | ED if ept else FLAGGED)
+    stat = guest.stat(exact, gvas=(0x123, 0x456))
+    assert stat[NestedStat.GUEST_READS] + stat[NestedStat.HOST_READS] == 2 * reads
+
+
 def test_which_dimension_faulted() -> None:
     guest = Guest()
     assert guest.walk(WRITE) == (True, 0x8123, 0x8123, 1, int(ACC.ALL), 0, 0, 0)
@@ -419,6 +431,89 @@ def test_dimensions_that_share_their_tables(seed: int, ept: bool) -> None:
             except OutsideMemory:
                 continue
             assert answer.ok or answer.exit_reason or answer.level
+
+
+def test_the_way_to_the_top_table_is_looked_at_by_each_walk() -> None:
+    """A walk sets A in a guest's entry that is a pointer of EPT as well, on the way to the guest's top table alone: for EPT that
+    bit is reserved. Blocks leave such walks, and large pages of the guest, to be walked one after another."""
+    guest = Guest()
+    guest.cpu = dataclasses.replace(guest.cpu, cr3=0x20_0000)
+    pointers, leaf = guest.host_table(2), 0x3_0000
+    guest.words[(pointers >> 3) + 1], guest.words[leaf >> 3] = leaf | R | EW | X, 0x1000 | WB | R
+    guest.words[0x3000 + 8 >> 3], guest.words[0x3000 + 16 >> 3] = pointers | FLAGGED, 0 | FLAGGED | PS
+    flags, large = 1 << 21 | 1 << 12, 2 << 21 | 0x123
+    many = translate_nested_many(guest.ram, guest.cpu, guest.nested, [large, flags, large])
+    assert many.ok.tolist() == [True, True, False] and many.hpa.tolist() == [0x123, leaf, 0]
+    assert (int(many.gpa[2]), int(many.level[2]), int(many.exit_reason[2])) == (0x20_0000, 4, 49)
+    assert guest.walk(gva=large)[2:4] == (0x20_0000, 4) and guest.walk(gva=large).exit_reason == 49  # nor does one begin with it
+
+
+def test_a_stream_takes_another_way_with_another_cr3() -> None:
+    """Two top tables, of one page each; the digest is that of the hpas."""
+    guest = Guest()
+    for number, table in enumerate((0x9000, 0xA000, 0xB000, 0xC000)):
+        guest.words[table >> 3] = (0xA000, 0xB000, 0xC000, 0xD000)[number] | FLAGGED
+    mmu, host, scratch = mmu_of(guest.ram, guest.cpu), host_of(guest.nested), make_scratch()
+    cr3s = np.array([0x1000, 0x9000, 0x9000, 0x1000], np.uint64)
+    gvas, accesses = np.full(4, 0x123, np.uint64), np.zeros(4, EVENT["access"])
+    digest, caches = 0, make_nested_caches(False, False)
+    for hpa in (0x8123, 0xD123, 0xD123, 0x8123):
+        digest = digest << 5 ^ hpa
+    assert walk_nested_stream(guest.ram.state, mmu, host, scratch, caches, None, cr3s, gvas, accesses) == digest
+
+
+@pytest.mark.parametrize("ept", [True, False], ids=["ept", "npt"])
+def test_other_top_entries_than_that_of_the_guests_top_table(ept: bool) -> None:
+    """A large page of the guest, and a table, in another 512 GiB than the top table: as granted there, not as here."""
+    guest, far, reason = Guest(ept=ept), 1 << 39, 48 if ept else 0x400
+    rights, top = R | EW | X if ept else FLAGGED, (guest.host_table(4) >> 3) + 1
+    for table in (0x3_1000, 0x3_2000):
+        guest.words[table >> 3] = table + 0x1000 | rights
+    for page in range(16):
+        guest.words[(0x3_3000 >> 3) + page] = page + 1 << 12 | rights | (WB if ept else 0)
+    guest.words[top] = 0x3_1000 | rights
+    guest.set_guest(2, far | FLAGGED | PS)
+    assert guest.walk(WRITE)[:4] == (True, 0x1123, far | 0x123, 2)
+    guest.set_guest(3, far | 0x2000 | FLAGGED)  # which is the table at 0x3000
+    assert guest.walk(WRITE)[:4] == (True, 0x1123, far | 0x123, 2)
+    guest.set_guest(3, 0x3000 | FLAGGED)
+    guest.words[top] &= ~np.uint64(EW)
+    assert guest.walk().ok and guest.left(WRITE)[:2] == (far | 0x123, reason)
+    guest.words[top] |= np.uint64(EW | PS)
+    assert guest.left(WRITE)[:2] == (far | 0x123, 49 if ept else 0x400)
+    guest.words[top] = 1 << 20 | rights
+    if ept:
+        with pytest.raises(OutsideMemory):
+            guest.walk()
+    else:
+        assert guest.left()[:2] == (far | 0x123, 0x400)
+
+
+@pytest.mark.parametrize("ept", [True, False], ids=["ept", "npt"])
+def test_the_top_entry_is_asked_for_the_final_access_too(ept: bool) -> None:
+    guest = Guest(ept=ept)
+    guest.set_guest(2, FLAGGED | PS)
+    top = guest.host_table(4) >> 3
+    before = int(guest.words[top])
+    for access, word in ((WRITE, before & ~EW), (FETCH, before & ~X if ept else before | NX)):
+        guest.words[top] = word
+        if ept or access == FETCH:  # under nested tables a table is written
+            assert guest.walk().ok
+        assert guest.left(access)[1] == (48 if ept else 0x400)
+
+
+def test_addresses_wider_than_the_tables_of_the_second_dimension() -> None:
+    """CR3, a pointer, a large page: none of them wraps around."""
+    guest, wide = Guest(), 1 << 48
+    guest.cpu = dataclasses.replace(guest.cpu, maxphyaddr=52)
+    guest.set_guest(3, wide | 0x3000 | FLAGGED)
+    assert guest.left()[:2] == (wide | 0x3000, 48)
+    guest.set_guest(3, 0x3000 | FLAGGED)
+    guest.set_guest(2, wide | FLAGGED | PS)
+    assert guest.left()[:2] == (wide | 0x123, 48)
+    guest.set_guest(2, 0x4000 | FLAGGED)
+    guest.cpu = dataclasses.replace(guest.cpu, cr3=wide | 0x1000)
+    assert guest.left()[:2] == (wide | 0x1000, 48)
 
 
 def hot(guest: Guest, pages: int = 8) -> tuple[int, ...]:
