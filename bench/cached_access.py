@@ -114,13 +114,13 @@ class Pass:
     def __init__(self, cell: Cell) -> None:
         self.work = workloads()[cell.workload]
         self.guest = guest(self.work, cell.strategy)
-        self.gvas, self.accesses = self.guest.first_pass(self.work.writes)
-        self.faults = 0
+        self.events = self.guest.first_pass(self.work.writes)
+        self.guest.machine.check(self.events)
 
     def run(self) -> None:
         """Timed."""
         self.guest.log(on=True)
-        self.faults = self.guest.touch(self.gvas, self.accesses)
+        self.guest.machine.run(self.events, checked=True)
 
 
 class Split:
@@ -209,18 +209,18 @@ def check(context: Context, cell: Cell) -> Checked:
     if one.work.size <= AUDITED:
         audit(machine)
     resumed = time.perf_counter()
-    faults = one.guest.touch(one.gvas, one.accesses)
+    machine.run(one.events, checked=True)
     end = time.perf_counter()
     if one.work.size <= AUDITED:
         audit(machine)
     counters = {name: value - before[name] for name, value in machine.counters().items()}
     expected = 0 if cell.strategy == LAZY else len(one.guest.heads) * (1 if one.work.level == 2 else 513)
-    if faults < 0 or counters["splits"] != expected:
-        raise CheckError(f"{cell.name}: {counters['splits']} pages split, expected {expected}; {faults} faults")
+    if counters["pf_guest"] or counters["splits"] != expected:
+        raise CheckError(f"{cell.name}: {counters['splits']} pages split, expected {expected}; {counters['pf_guest']} #PFs")
     told = {"log_on_us": round((split_done - begin) * 1e6), "pass_us": round((end - resumed) * 1e6)}
     told |= {"orphans": orphans(machine), "translations": translations(machine), "split_caches": SPLIT_CACHE_BYTES}
-    told["accesses"] = len(one.gvas)
-    return Checked({**counters, **told}, faults)
+    told["accesses"] = len(one.events)
+    return Checked({**counters, **told}, one.guest.written())
 
 
 def check_split(cell: Cell) -> Checked:
@@ -250,7 +250,7 @@ def timed(context: Context, cell: Cell) -> Timed:
         split = Split(cell)
         return Timed(split.run, split.guest.map_huge, lambda: split.splits, split.splits)
     one = Pass(cell)
-    return Timed(one.run, one.guest.map_huge, lambda: one.faults, len(one.gvas))
+    return Timed(one.run, one.guest.map_huge, one.guest.written, len(one.events))
 
 
 DESCRIPTION = Description(

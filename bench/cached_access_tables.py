@@ -62,8 +62,8 @@ def pass_table(found: Found) -> Table:
     )  # fmt: skip
     note = (
         "Shadow paging of an ordinary guest by the policy of the patches' first versions, 1 GiB in 2 MiB pages if nothing else is "
-        "said. Timed: logging begins, then each 4 KiB page is accessed once, in order, by walking the sptes and by KVM's part of "
-        "each fault; of accesses that are no writes one in eight is a fetch, where the guest grants it. `log on` and `pass` are of "
+        "said. Timed: logging begins, then each 4 KiB page is accessed once, in order, with TLB, walks and KVM's part of each "
+        "fault; of accesses that are no writes one in eight is a fetch, where the guest grants it. `log on` and `pass` are of "
         "the run that was counted. `without parent`: shadow pages that stay, counted against the limit, though nothing leads there."
     )
     return Table("huge pages split when dirty logging begins", head, rows, note)

@@ -24,7 +24,7 @@ from fastmmu.bits import PFERR
 from fastmmu.events import EventList, Op
 from fastmmu.kvm import Kvm
 from fastmmu.machine_state import VmWord
-from fastmmu.measure import time_stamp
+from fastmmu.measure import time_stamp, touch_column
 
 NAME = "split-latency"
 STRATEGIES = (LAZY, "guest-walk", "propagate", "cached")
@@ -75,7 +75,8 @@ class Threads:
         """The vCPU's next writes: cycles of those that faulted."""
         part = slice(self.at, self.at + count)
         ticks = np.zeros(len(self.gvas[part]), np.uint64)
-        self.denied |= self.guest.touch(self.gvas[part].copy(), self.accesses[part].copy(), ticks, vcpu=1) < 0
+        machine = self.guest.machine
+        self.denied |= touch_column(machine.vm, machine.state, np.uint64(1), self.gvas[part], self.accesses[part], ticks) < 0
         self.at += count
         return ticks[ticks != 0]
 

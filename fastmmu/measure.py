@@ -92,36 +92,20 @@ def touch(vm, vcpu, gva, access):
     return -1
 
 
-@inner
-def note_ticks(ticks, i, since, faults):
-    """Keep how long an access took that faulted, where anybody wants to know; 0 for one that did not."""
-    if ticks is None:
-        return
-    ticks[i] = cycles() - since if faults != 0 else ZERO
-
-
-@inner
-def begin_ticks(ticks):
-    """The time before an access."""
-    if ticks is None:
-        return ZERO
-    return cycles()
-
-
 @kernel
 def touch_column(vm, vcpus, number, gvas, accesses, ticks):
     """The accesses of one vCPU, one after another: how many faults they took, or less than 0 where one ended in a #PF.
 
     Args:
         gvas, accesses: uint64, as many; PFERR bits.
-        ticks: uint64, as many, for the cycles that each took, 0 where none faulted; or None.
+        ticks: uint64, as many, for the cycles that each took that faulted, and 0 for one that did not.
     """
     vcpu = vcpu_of(vcpus, number)
     total, denied = 0, False
     for i in range(len(gvas)):
-        since = begin_ticks(ticks)
+        since = cycles()
         faults = touch(vm, vcpu, gvas[i], accesses[i])
-        note_ticks(ticks, i, since, faults)
+        ticks[i] = cycles() - since if faults != 0 else ZERO
         denied |= faults < 0
         total += faults
     return -1 if denied else total

@@ -14,6 +14,8 @@ from sizes import sized
 from split_scenarios import SECOND, SPLIT_NAMED, STRATEGIES, odd_words, random_shadow_split, random_split_scenario
 from test_scenarios import check_random, compare
 
+from bench import split_latency
+from fastmmu._jit import JIT
 from fastmmu.audit import audit
 from fastmmu.audit_state import AuditError
 from fastmmu.bits import NPT_SPTE, PFERR
@@ -50,6 +52,23 @@ def test_random_scenarios_come_out_the_same(seed: int, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_many_random_scenarios_come_out_the_same(seed: int, tmp_path: Path) -> None:
     check_random(seed + 1_000_000, sized(1000, 40), tmp_path, random_split_scenario)
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(JIT, reason="the kernel with a vCPU's faults in it takes half a minute to compile, for this alone")
+@pytest.mark.parametrize("strategy", split_latency.STRATEGIES)
+def test_faults_go_on_while_huge_pages_are_split(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """Two threads: every write is done, nothing is lost, the state holds together."""
+    for name, value in (("SIZE", 1 << 24), ("PART", 1 << 22), ("REPEATS", 1), ("BATCH", 20), ("QUIET_FAULTS", 200)):
+        monkeypatch.setattr(split_latency, name, value)
+    run = split_latency.Threads(strategy)
+    assert len(run.quiet()) == 200
+    run.splitting()
+    assert run.at > 0 and not run.denied
+    audit(run.guest.machine)
+    assert (run.guest.machine.counters()["splits"] > 0) == (strategy != LAZY)
 
 
 # --- the four strategies come to the same ----------------------------------------------------------------------------------
