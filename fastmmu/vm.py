@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -114,10 +114,11 @@ class Vm:
     def _describe(self, event: np.void) -> str:
         access, gva = int(event["access"]), int(event["address"])
         kind = "fetch" if access & int(PFERR.F) else "write" if access & int(PFERR.W) else "read"
-        walk = explain_walk(self.memory, self.workload.cpu, int(self.state.mmu.reg[Reg.CR3]), gva, access)
+        cpu = replace(self.workload.cpu, cr3=int(self.state.mmu.reg[Reg.CR3]))
+        walk = explain_walk(self.memory, cpu, gva, access)
         return (
             f"column gpa, record {int(event['record'])}: {kind} of gva {gva:#x} translates to {walk.answer}, "
-            f"expected gpa {int(event['value']):#x}; walk: {'; '.join(walk.steps)}"
+            f"expected gpa {int(event['value']):#x}; walk: {'; '.join(map(str, walk.steps))}"
         )
 
 
