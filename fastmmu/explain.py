@@ -120,7 +120,7 @@ def page_bytes(mode: PagingMode, level: int) -> int:
 def size_text(size: int) -> str:
     """A size in the largest unit that divides it: 2 MiB."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-    power = next(power for power in reversed(range(len(units))) if size % (1 << 10 * power) == 0)
+    power = next(power for power in reversed(range(len(units))) if (size and size % (1 << 10 * power) == 0) or power == 0)
     return f"{size >> 10 * power} {units[power]}"
 
 
