@@ -183,6 +183,18 @@ def regions(ram: GuestMemory, cpu: Cpu, *, by_gpa: bool = False) -> Regions:
 
     Raises:
         ValueError: bad arguments. GeneralProtection, a ValueError: CR3 cannot be loaded. TooManyRegions, a ValueError.
+
+    Example:
+        >>> from fastmmu import Cpu, GuestMemory, regions
+        >>> from fastmmu.address_space import USER, WRITE
+        >>> ram = GuestMemory(1 << 20)
+        >>> for gpa, entry in ((0x1000, 0x2067), (0x2000, 0x3067), (0x3000, 0x4067), (0x4008, 0x5065)):
+        ...     ram.words[gpa >> 3] = entry
+        >>> cpu = Cpu(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00)
+        >>> ram.words[0x4010 >> 3 : 0x4020 >> 3] = 0x6065, 0x7067
+        >>> found = regions(ram, cpu)
+        >>> [hex(start) for start in found.start.tolist()], found.size.tolist(), (found.rights & WRITE != 0).tolist()
+        (['0x1000', '0x3000'], [8192, 4096], [False, True])
     """
     mmu_of(ram, cpu)
     if cpu.mode == Mode.NONE:

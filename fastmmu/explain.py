@@ -281,5 +281,19 @@ def explain(ram: GuestMemory, cpu: Cpu, gva: int, access: int = 0) -> str:
 
     Raises:
         ValueError: bad arguments, as `translate_many`.
+
+    Example:
+        >>> from fastmmu import USER, WRITE, Cpu, GuestMemory, explain
+        >>> ram = GuestMemory(1 << 20)
+        >>> for gpa, entry in ((0x1000, 0x2067), (0x2000, 0x3067), (0x3000, 0x4067), (0x4008, 0x5065)):
+        ...     ram.words[gpa >> 3] = entry
+        >>> cpu = Cpu(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00)
+        >>> print(explain(ram, cpu, 0x1234, USER | WRITE))
+        user write of gva 0x1234, 4-level paging, CR3 0x1000
+           PML4E 0 at 0x1000: 0x2067 (P W U A D)
+           PDPTE 0 at 0x2000: 0x3067 (P W U A D)
+           PDE 0 at 0x3000: 0x4067 (P W U A D)
+           PTE 1 at 0x4008: 0x5065 (P U A D)
+        => page fault, error code 0x7 (P W U): PTE does not grant writing (W)
     """
     return str(explain_walk(ram, cpu, gva, access))

@@ -15,7 +15,7 @@ SHARED = ROOT.parent / "shared"
 CHECKED = os.environ.get("NUMBA_BOUNDSCHECK") == "1"
 JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 MACHINE = [f"test_{name}.py" for name in (
-    "kvm_rules", "validate", "scenarios", "shadow_rules", "streams", "fast_fault", "threads", "commands", "mmu_bench", "lock_scaling",
+    "kvm_rules", "validate", "scenarios", "shadow_rules", "streams", "fast_fault", "threads", "commands", "mmu_bench", "lock_scaling", "examples",
 )]  # fmt: skip
 NESTED_GUESTS = ("test_nested_guest.py", "test_nested_ept.py")
 NESTED_FILES = ("npt1.F]", "npt1.Falias]", "npt1-eagerN.F]", "npt1-tdpN.F]")
