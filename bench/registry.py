@@ -17,6 +17,7 @@ from bench import (
     shadow_caches,
     shadow_faults,
     shadow_memory,
+    startup,
     walk_speed,
 )
 from bench.experiment import Experiment
@@ -40,5 +41,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         shadow_faults.EXPERIMENT,
         shadow_caches.EXPERIMENT,
         shadow_memory.EXPERIMENT,
+        startup.EXPERIMENT,
     )
 }

@@ -41,7 +41,11 @@ def check_against_qemu(path: Path) -> None:
     assert np.array_equal(found.gpa[row] + inside, lists["tlb_gpa"].astype(np.uint64))
     rights = found.rights[row]
     assert np.array_equal(rights & GLOBAL != 0, flags & np.uint64(1 << 8) != 0)
-    for right, leaf in ((WRITE, flags & np.uint64(2) != 0), (USER, flags & np.uint64(4) != 0), (FETCH, flags >> np.uint64(15) == 0)):
+    for right, leaf in (
+        (WRITE, flags & np.uint64(2) != 0),
+        (USER, flags & np.uint64(4) != 0),
+        (FETCH, flags >> np.uint64(15) == 0),
+    ):
         assert not (rights & right != 0)[~leaf].any()  # the leaf alone grants no less than all entries
     # `info mem` looks at user and write alone
     whole = regions(snapshot.memory, snapshot.cpu)

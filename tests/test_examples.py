@@ -41,7 +41,9 @@ def run_console(block: str, page: Path, line: int, capsys: pytest.CaptureFixture
         program, *arguments = shlex.split(command)
         assert program == "fastmmu", f"{page}:{line}: {command}"
         if arguments[0] == "races":  # takes the place of this process
-            printed = subprocess.run([sys.executable, "-m", "fastmmu", *arguments], capture_output=True, text=True, check=True).stdout
+            printed = subprocess.run(
+                [sys.executable, "-m", "fastmmu", *arguments], capture_output=True, text=True, check=True
+            ).stdout
         else:
             main(arguments)
             printed = capsys.readouterr().out
@@ -103,7 +105,9 @@ def test_the_bit_layouts_are_those_of_the_code() -> None:
     assert "| SAVED | 56, 54 | 0x140000000000000 |" in generated
 
 
-@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem
+)
 def test_links_lead_somewhere(page: Path) -> None:
     for target, section in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
         goal = (page.parent / target) if target else page
