@@ -24,7 +24,7 @@ def run(arguments: list[str] | None) -> int:
     except TraceError as error:
         complain(error)
     except (GeneralProtection, TooManyRegions, MemoryError) as error:
-        complain(f"{getattr(args, 'snapshot', None) or args.file}: {error}")
+        complain(f"{getattr(args, 'snapshot', None) or getattr(args, 'file', args.command)}: {error}")
     return BAD_INPUT
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import signal
@@ -22,15 +23,19 @@ COMMAND = [sys.executable, "-m", "fastmmu"]
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
-def subcommands() -> dict[str, object]:
-    """The parsers of the subcommands, by name."""
-    return dict(make_parser()._subparsers._group_actions[0].choices)  # type: ignore[union-attr]
+def subcommands(parser: argparse.ArgumentParser | None = None, path: tuple[str, ...] = ()) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the subcommands, by name; those of a group by both names."""
+    parser = parser or make_parser()
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        return {" ".join(path): parser}
+    return {name: one for word, inner in groups[0].choices.items() for name, one in subcommands(inner, (*path, word)).items()}
 
 
 @pytest.mark.parametrize("name", subcommands())
 def test_help_needs_no_docs(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     described, exits = text.split("exit status:\n")
@@ -48,6 +53,7 @@ def test_examples_of_the_help_are_command_lines(name: str) -> None:
     lines = [line.split("#")[0].split() for line in subcommands()[name].epilog.splitlines() if line.startswith("  fastmmu ")]
     assert lines
     for _, *arguments in lines:
+        assert arguments[: name.count(" ") + 1] == name.split()
         assert make_parser().parse_args(arguments).run
 
 
