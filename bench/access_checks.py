@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed
+from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Over, Parameter, Priced, Timed
+from bench.replay_cost import EndTables
+from bench.replay_cost import unanswered as nothing_left
 from bench.results import counters_of
 from bench.tables import Table, by_workload, counts, nanoseconds, ratio_text, round_values
 from fastmmu import Cpu, GuestMemory
@@ -24,19 +28,25 @@ from fastmmu.strategy import ACCESS_CHECKS
 from fastmmu.trace import load_snapshot
 
 SNAPSHOTS = ("linux-boot", "fork-exec")
+SNAPSHOT_NAMES = tuple(f"snapshot-{name}" for name in SNAPSHOTS)
 MATRIX = {"matrix-wp1": True, "matrix-wp0": False}
 READ, WRITE, USER = 0, int(PFERR.W), int(PFERR.U)
 KINDS = (USER | WRITE, USER, WRITE, READ)
 CLEAR_ACCESSED = ~GPTE64.A
 FOLDER = Path(__file__).parent / "traces"
+WORD = (1 << 64) - 1
+MOST_PAGES = 16_384  # of a trace: the reference walks each sixteen times
 
 
 class Case:
-    """Guest memory at the start, registers, the accesses, and what the architecture says of each."""
+    """Guest memory at the start, registers, the accesses, and what the architecture says of each.
 
-    def __init__(self, memory: GuestMemory, cpu: Cpu, gvas: np.ndarray) -> None:
-        self.memory, self.cpu = memory, cpu
-        self.pages = np.unique(np.flatnonzero(memory.words) // WORDS_PER_PAGE)
+    `pages` are frames that hold page tables, where memory is too large to look for them.
+    """
+
+    def __init__(self, memory: GuestMemory, cpu: Cpu, gvas: np.ndarray, pages: np.ndarray | None = None) -> None:
+        self.memory, self.cpu, self.known = memory, cpu, pages
+        self.pages = np.unique(self.nonzero() // WORDS_PER_PAGE)
         self.start = memory.words.reshape(-1, WORDS_PER_PAGE)[self.pages].copy()
         self.gvas = np.repeat(gvas, len(KINDS))
         self.accesses = np.tile(np.array(KINDS, np.uint64), len(gvas))
@@ -45,6 +55,13 @@ class Case:
         self.truth: list[Translation] = [walker.walk(cpu.cr3, gva, access, update=False) for gva, access in pairs]
         self.truth_ok = np.array([one.ok for one in self.truth])
         self.truth_pferr = np.array([one.pferr for one in self.truth], np.uint64)
+
+    def nonzero(self) -> np.ndarray:
+        """Indices of the words that are not zero."""
+        if self.known is None:
+            return np.flatnonzero(self.memory.words)
+        rows, columns = np.nonzero(self.memory.words.reshape(-1, WORDS_PER_PAGE)[self.known])
+        return self.known[rows] * WORDS_PER_PAGE + columns
 
     def walker(self) -> Walker:
         """The reference's processor, on a copy of the memory at the start."""
@@ -55,6 +72,11 @@ class Case:
     def reset(self) -> None:
         """Guest memory as at the start."""
         self.memory.words.reshape(-1, WORDS_PER_PAGE)[self.pages] = self.start
+
+    def part(self, pages: int) -> Case:
+        """The same guest, the first pages of it only; guest memory as at the start."""
+        self.reset()
+        return Case(self.memory, self.cpu, self.gvas[:: len(KINDS)][:pages], self.known)
 
 
 def snapshot_case(name: str) -> Case:
@@ -67,6 +89,17 @@ def snapshot_case(name: str) -> Case:
     cpu = snapshot.cpu
     plain = Cpu(cr0=cpu.cr0, cr3=cpu.cr3, cr4=int(CR4.PAE), efer=cpu.efer, maxphyaddr=cpu.maxphyaddr)  # no SMEP, SMAP, keys yet
     return Case(snapshot.memory, plain, np.load(path)["tlb_gva"].astype(np.uint64))
+
+
+def trace_case(context: Context) -> Case:
+    """The tables at the end of a recorded stream, all A bits cleared; each page that the busiest address space touched."""
+    end = EndTables(context)
+    tables = np.array(sorted(context.workload.tables), np.int64)
+    end.vm.memory.words.reshape(-1, WORDS_PER_PAGE)[tables] &= CLEAR_ACCESSED
+    values, times = np.unique(end.cr3s, return_counts=True)
+    cr3 = values[times.argmax()]
+    pages, first = np.unique(end.gvas[end.cr3s == cr3] & np.uint64(WORD - 4095), return_index=True)
+    return Case(end.vm.memory, replace(context.workload.cpu, cr3=int(cr3)), pages[np.argsort(first)][:MOST_PAGES], tables)
 
 
 def matrix_case(write_protect: bool) -> Case:
@@ -90,17 +123,38 @@ def matrix_case(write_protect: bool) -> Case:
 
 
 @lru_cache(maxsize=4)
-def case_of(workload: str) -> Case:
+def built_case(workload: str) -> Case:
     """The case of a workload's name."""
     if workload in MATRIX:
         return matrix_case(MATRIX[workload])
     return snapshot_case(workload.removeprefix("snapshot-"))
 
 
-def cells(context: Context) -> list[Cell]:
+def is_built(cell: Cell) -> bool:
+    """Whether the cell is on a workload of the experiment's own, not on a trace."""
+    return cell.workload in MATRIX or cell.workload in SNAPSHOT_NAMES
+
+
+def case_of(context: Context, cell: Cell) -> Case:
+    """The case of a cell."""
+    whole = built_case(cell.workload) if is_built(cell) else context.once(ACCESS_CHECKS.name, lambda: trace_case(context))
+    pages = cell.value("pages", 0)
+    return context.once((cell.workload, pages), lambda: whole.part(pages)) if pages else whole
+
+
+def on_all(workloads: Iterable[str]) -> list[Cell]:
     """Three ways to check on each workload."""
-    names = (*(f"snapshot-{name}" for name in SNAPSHOTS), *MATRIX)
-    return [Cell(ACCESS_CHECKS.name, name, strategy.name) for name in names for strategy in ACCESS_CHECKS.strategies]
+    return [Cell(ACCESS_CHECKS.name, name, strategy.name) for name in workloads for strategy in ACCESS_CHECKS.strategies]
+
+
+def traced(context: Context) -> list[Cell]:
+    """The trace's tables."""
+    return on_all([context.workload.name])
+
+
+def cells(context: Context) -> list[Cell]:
+    """The snapshots and the matrix; a trace that the user names comes first."""
+    return (traced(context) if context.own else []) + on_all((*SNAPSHOT_NAMES, *MATRIX))
 
 
 def method_of(strategy: str) -> Method:
@@ -119,7 +173,7 @@ def check(context: Context, cell: Cell) -> Checked:
     Raises:
         CheckError: they are not.
     """
-    case = case_of(cell.workload)
+    case = case_of(context, cell)
     case.reset()
     stat, answers = np.zeros(len(Check), np.uint64), np.zeros(len(case.gvas), np.uint64)
     trail = np.zeros(TRAIL_LENGTH, np.uint64)
@@ -130,7 +184,7 @@ def check(context: Context, cell: Cell) -> Checked:
     pairs = list(zip(case.gvas.tolist(), case.accesses.tolist(), strict=True))
     theirs = reference.run(cell.strategy, walker, case.cpu.cr3, pairs, case.truth)
     words = case.memory.words
-    left = {8 * int(index): int(words[index]) for index in np.flatnonzero(words)}
+    left = {8 * int(index): int(words[index]) for index in case.nonzero()}
     if {name: n for name, n in ours.items() if n} != {name: n for name, n in theirs.items() if n}:
         raise CheckError(f"{cell.name}: counters differ from the reference: kernel {ours}, reference {dict(theirs)}")
     if left != {gpa: word for gpa, word in walker.memory.words.items() if word}:
@@ -141,7 +195,7 @@ def check(context: Context, cell: Cell) -> Checked:
 
 def timed(context: Context, cell: Cell) -> Timed:
     """All accesses, each from an empty shadow; A bits cleared before."""
-    case = case_of(cell.workload)
+    case = case_of(context, cell)
     answers, trail = np.zeros(len(case.gvas), np.uint64), np.zeros(TRAIL_LENGTH, np.uint64)
     mmu, method = mmu_of(case.memory, case.cpu), method_of(cell.strategy)
     columns = (case.gvas, case.accesses, case.truth_ok, case.truth_pferr, answers)
@@ -153,8 +207,15 @@ def timed(context: Context, cell: Cell) -> Timed:
 
 
 def why_not(context: Context, cell: Cell) -> str:
-    """One real guest is timed; the others are counted."""
-    return "" if cell.workload == f"snapshot-{SNAPSHOTS[0]}" else "counted only"
+    """One real guest is timed, and a trace; the others are counted."""
+    return "" if cell.workload == SNAPSHOT_NAMES[0] or not is_built(cell) else "counted only"
+
+
+def unanswered(context: Context) -> str:
+    """The walks of that time had four levels."""
+    if context.workload.cpu.cr4 & int(CR4.LA57):
+        return "its paging has five levels; the walks of 2007 have four"
+    return nothing_left(context)
 
 
 def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
@@ -181,4 +242,30 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table("access-checks", head, rows, note)]
 
 
-EXPERIMENT = Experiment(ACCESS_CHECKS.name, cells, check, timed, why_not, tables, quick=False)
+DESCRIPTION = Description(
+    question="A hypervisor that shadows a guest's page tables must know which access the guest's mapping grants: what is it worth"
+    " to check that in the walk, and once?",
+    source="“[PATCH 3/5] KVM: MMU: Perform access checks in walk_addr()”, Avi Kivity, 23 January 2007",
+    claim="Checked in the walk, accessed bits are no longer set for accesses that fail, faults are no longer called fixed that "
+    "would fail the checks, which cost an unnecessary exit, and the guest's error codes are right.",
+    not_shown="What an exit costs: a refault costs one more, and the times here are those of the walks alone. NX, reserved bits "
+    "and keys came later and are left out of the older two.",
+    year=2007,
+)
+PAGES = Parameter("pages", "pages that are accessed, each in four ways, from the first on", 1, 1 << 20)
+
+EXPERIMENT = Experiment(
+    ACCESS_CHECKS.name,
+    cells,
+    check,
+    timed,
+    why_not,
+    tables,
+    quick=False,
+    description=DESCRIPTION,
+    over=Over("after-walk"),
+    traced=traced,
+    unanswered=unanswered,
+    parameters=(PAGES,),
+    priced=Priced("accesses", exits=("exits",), endless=("endless",)),
+)

@@ -9,7 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed, unavailable
+from bench.experiment import (
+    Cell,
+    Checked,
+    CheckError,
+    Context,
+    Description,
+    Experiment,
+    Over,
+    Parameter,
+    Priced,
+    Timed,
+    alone,
+    unavailable,
+)
 from bench.results import counters_of
 from bench.tables import Table, by_workload, nanoseconds, ratio_text, round_values
 from fastmmu.audit import audit
@@ -30,6 +43,7 @@ GROUP = 8  # pages that the shadow MMU maps together: one address in each group,
 SEED = 2012
 WRITE_FAULT = PFERR.GUEST_FINAL | PFERR.U | PFERR.W
 LOG = int(SlotFlag.LOG_DIRTY_PAGES)
+MIB = Parameter("mib", "MiB of the guest's memory", 2, 1 << 18)
 
 
 def cells(context: Context) -> list[Cell]:
@@ -76,10 +90,11 @@ class Guest:
         self.enter()
 
 
-def guest(workload: str) -> Guest:
-    """The guest of a workload, with all its pages mapped."""
-    mmu, name = workload.split("/")
+def guest(cell: Cell) -> Guest:
+    """The guest of a cell, with all its pages mapped."""
+    mmu, name = cell.workload.split("/")
     size, host_level, page = SIZES[name]
+    size = cell.value(MIB.name, size >> 20) << 20
     cpu = Cpu(cr0=int(CR0.PE), cr3=0, cr4=0, efer=0)
     machine = Machine(Kvm(tdp_mmu=mmu == "tdp", eager_page_split=False), cpu, memory=size)
     step = page * (GROUP if name == "4k" else 1)
@@ -105,7 +120,7 @@ def prepare(one: Guest, case: str) -> None:
 
 def timed(context: Context, cell: Cell) -> Timed:
     """One kind of fault, or the walk of the same tables for the same addresses."""
-    one = guest(cell.workload)
+    one = guest(cell)
     fixed = [0]
     pferr = WRITE_FAULT | (PFERR.P if cell.strategy == "write-protect" else np.uint64(0))
 
@@ -124,7 +139,7 @@ def check(context: Context, cell: Cell) -> Checked:
     Raises:
         CheckError: a fault was not fixed.
     """
-    work = guest(cell.workload)
+    work = guest(cell)
     prepare(work, cell.strategy)
     before = work.machine.counters()
     expected = len(work.gpas)
@@ -167,4 +182,18 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table("page faults", head, rows, note)] if rows else []
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, by_default=False)
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    unavailable,
+    tables,
+    by_default=False,
+    description=Description(
+        "What does a page fault cost, KVM's part of it, against a walk of the tables that it fills?",
+    ),
+    over=Over(WALK, cost=True),
+    parameters=(MIB,),
+    priced=Priced("faults", exits=("pf_taken",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",), over=alone),
+)

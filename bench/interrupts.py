@@ -1,12 +1,15 @@
 """Interruptions: Ctrl-C and the terminating signals become one exception, and none gets lost.
 
 An exception raised by a signal handler vanishes, with noise, when the signal comes inside a callback from C, and a compiler has
-many. So a signal that comes while something compiles is only remembered; `checkpoint` raises it between two pieces of work.
+many. So a signal that comes while something compiles is only remembered; `checkpoint` raises it between two pieces of work. So is
+one that comes while a process is started, which nobody would know of yet.
 """
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 COMPILERS = ("llvmlite", "numba")
@@ -22,6 +25,17 @@ class Interrupted(BaseException):
 
 
 _pending: list[int] = []
+_held: list[bool] = []
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Signals are only remembered while the block runs; a `checkpoint` behind it raises them."""
+    _held.append(True)
+    try:
+        yield
+    finally:
+        _held.pop()
 
 
 def _compiling(frame: FrameType | None) -> bool:
@@ -35,7 +49,7 @@ def _compiling(frame: FrameType | None) -> bool:
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     _pending.append(signum)
-    if not _compiling(frame):
+    if not _held and not _compiling(frame):
         raise Interrupted(signum)
 
 

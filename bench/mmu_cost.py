@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, Context, Experiment, Timed, unavailable
+from bench.experiment import RECORDS, Cell, Checked, Context, Description, Experiment, Over, Priced, Timed, unavailable
 from bench.mmio_cache import check_workload
 from bench.replay_cost import PLAIN, EndTables
 from bench.results import counters_of
@@ -180,4 +180,30 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return made
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, by_default=False)
+def unanswered(context: Context) -> str:
+    """The warm stream is made of memory records that translate in the last tables."""
+    try:
+        return "" if context.once("warm", lambda: warm_workload(context))[1].events.size else NO_WARM
+    except ValueError:
+        return NO_WARM
+
+
+NO_WARM = "it has no memory records that translate in its last tables"
+
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    unavailable,
+    tables,
+    by_default=False,
+    description=Description(
+        "What does KVM's MMU, with the processor under it, cost over walking the same addresses bare?",
+    ),
+    over=lambda cell: Over("walk" if cell.workload.endswith(WARM) else "replay", cost=True),
+    traced=cells,
+    unanswered=unanswered,
+    parameters=(RECORDS,),
+    priced=Priced("accesses", exits=("exits_no_irq",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",)),
+)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed, unavailable
+from bench.experiment import RECORDS, Cell, Checked, CheckError, Context, Description, Experiment, Over, Timed, unavailable
 from bench.nested_walk import CAPS, EPT_LEAF, EPT_POINTER, HUGE, put_tables
-from bench.replay_cost import EndTables
+from bench.replay_cost import EndTables, unanswered
 from bench.results import counters_of
 from bench.tables import Table, by_workload, nanoseconds, ratio_text, round_values
 from fastmmu import Ept, GuestMemory
@@ -110,4 +110,20 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return made
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, by_default=False, quick=False)
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    unavailable,
+    tables,
+    by_default=False,
+    quick=False,
+    description=Description(
+        NESTED_CACHES.question,
+    ),
+    over=Over("none"),
+    traced=cells,
+    unanswered=unanswered,
+    parameters=(RECORDS,),
+)

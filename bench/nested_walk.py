@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed
+from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Over, Timed
 from bench.peers import c_loop
 from bench.tables import Table, by_workload, nanoseconds, ratio_text, round_values
 from bench.walk_speed import HUGE, LEAF, digest_of
@@ -174,4 +174,17 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table("two-dimensional walks", head, rows, note)]
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, why_not, tables, by_default=False, quick=False)
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    why_not,
+    tables,
+    by_default=False,
+    quick=False,
+    description=Description(
+        "What does a two-dimensional walk cost over a one-dimensional one, and over a C loop of the same walk?",
+    ),
+    over=lambda cell: Over("walk-many" if "many" in cell.strategy else "walk", cost=True),
+)

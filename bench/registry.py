@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench import (
     access_checks,
+    cached_access,
     ept_qualification,
     fast_faults,
     faults,
@@ -35,6 +36,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         nested_walk.EXPERIMENT,
         nested_caches.EXPERIMENT,
         ept_qualification.EXPERIMENT,
+        cached_access.EXPERIMENT,
         faults.EXPERIMENT,
         mmu_cost.EXPERIMENT,
         mmio_mmu.EXPERIMENT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, Context, Experiment, Timed, unavailable
+from bench.experiment import RECORDS, Cell, Checked, Context, Description, Experiment, Over, Timed, unavailable
 from bench.mmio_cache import check_workload
 from bench.results import counters_of
 from bench.tables import Table, by_workload, counts, nanoseconds, ratio_text, round_values
@@ -110,4 +110,24 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return made
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, quick=False)
+def unanswered(context: Context) -> str:
+    """A stream whose tables all change can be replayed, but not walked bare."""
+    return "" if len(EndTables(context).records) else "none of its records translates in its last tables"
+
+
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    unavailable,
+    tables,
+    quick=False,
+    description=Description(
+        "What does it cost to replay events, over walking their addresses bare?",
+    ),
+    over=Over("walk", cost=True),
+    traced=cells,
+    unanswered=unanswered,
+    parameters=(RECORDS,),
+)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyperf
@@ -56,6 +58,29 @@ def probe_folder(folder: Path) -> None:
         raise ResultError(f"{folder}: results cannot be written: {existing} is no folder, or not ours to write in")
 
 
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write text files by their names below a folder: each beside its place first, then renamed; the last one last.
+
+    Raises:
+        ResultError: the folder cannot be written.
+    """
+    pending: list[tuple[Path, Path]] = []
+    try:
+        for name, text in texts.items():
+            final = folder / name
+            final.parent.mkdir(parents=True, exist_ok=True)
+            beside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+            pending.append((beside, final))
+            beside.write_text(text, encoding="utf-8")
+        for beside, final in pending:
+            beside.replace(final)
+    except OSError as error:
+        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        for beside, _ in pending:
+            beside.unlink(missing_ok=True)
+
+
 def write_suites(folder: Path, suites: dict[str, list[pyperf.Benchmark]]) -> list[Path]:
     """Write `<experiment>.json` files: each beside its place first, then renamed, so that no half file is ever seen.
 
@@ -93,7 +118,26 @@ def load_suite(path: Path) -> dict[str, pyperf.Benchmark]:
         suite = pyperf.BenchmarkSuite.load(str(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ResultError(f"{path}: not a pyperf result file: {error}") from None
-    return {benchmark.get_name(): benchmark for benchmark in suite.get_benchmarks()}
+    found = {benchmark.get_name(): benchmark for benchmark in suite.get_benchmarks()}
+    for name in found:
+        if name.count("/") < 3 or not name.startswith(f"{path.stem}/"):
+            raise ResultError(f"{path}: benchmark {name!r}, expected {path.stem}/workload/strategy/metric")
+    return found
+
+
+@contextmanager
+def making_sense_of(path: Path) -> Iterator[None]:
+    """A stored file may be one of pyperf's and still lack what the tables of its experiment need.
+
+    Raises:
+        ResultError: it does.
+    """
+    try:
+        yield
+    except ResultError:
+        raise
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise ResultError(f"{path}: not a whole result file of python -m bench ({type(error).__name__}: {error})") from None
 
 
 def counters_of(benchmark: pyperf.Benchmark) -> dict[str, int]:

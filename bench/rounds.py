@@ -18,7 +18,7 @@ from pathlib import Path
 import pyperf
 
 from bench.experiment import Cell, Context, Timed
-from bench.interrupts import checkpoint
+from bench.interrupts import checkpoint, held
 
 VALUE_SECONDS = 0.02
 """What one value should last: a few hundred runs of the device stream, far above the clock's resolution."""
@@ -57,8 +57,11 @@ def worker_command(cell: Cell, context: Context) -> list[str]:
 @contextmanager
 def child(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     """A child process that does not outlive the block, whatever ends it."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with held():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with process:
         try:
+            checkpoint()
             yield process
         finally:
             if process.poll() is None:

@@ -9,7 +9,7 @@ from zlib import crc32
 
 import pyperf
 
-from bench.experiment import Cell, Checked, Context, Experiment, Timed, unavailable
+from bench.experiment import RECORDS, Cell, Checked, Context, Description, Experiment, Over, Priced, Timed, unavailable
 from bench.results import counters_of
 from bench.tables import Table, by_workload, counts, nanoseconds, ratio_text, round_values
 from fastmmu.audit import audit
@@ -95,4 +95,19 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table(f"what shadow paging remembers, {trace}", head, rows, note)]
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, by_default=False)
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    unavailable,
+    tables,
+    by_default=False,
+    description=Description(
+        "What are roots kept, access kept beside the gfn, and the memslot found last worth under shadow paging?",
+    ),
+    over=Over("off"),
+    traced=cells,
+    parameters=(RECORDS,),
+    priced=Priced("accesses", exits=("exits_no_irq",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",)),
+)

@@ -7,8 +7,8 @@ import statistics
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed, unavailable
-from bench.faults import WALK, over_walk
+from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Over, Priced, Timed, alone, unavailable
+from bench.faults import MIB, WALK, over_walk
 from bench.shadow_guest import WRITE, ShadowGuest
 from bench.tables import Table, nanoseconds
 from fastmmu.audit import audit
@@ -40,10 +40,16 @@ def walked(guest: ShadowGuest, gpas: np.ndarray) -> None:
     walk_column(guest.machine.vm.mem, mmu, state.trail[0], guest.gvas, WRITE, gpas)
 
 
+def guest_of(cell: Cell) -> ShadowGuest:
+    """The guest of a cell, with all its pages mapped."""
+    guest = ShadowGuest(cell.value(MIB.name, SIZE >> 20) << 20, prefetch=WORKLOADS[cell.workload])
+    guest.fault(guest.gvas)
+    return guest
+
+
 def timed(context: Context, cell: Cell) -> Timed:
     """One kind of fault, or the walk of the guest's tables for the same addresses."""
-    guest = ShadowGuest(SIZE, prefetch=WORKLOADS[cell.workload])
-    guest.fault(guest.gvas)
+    guest = guest_of(cell)
     gpas, fixed = np.zeros(len(guest.gvas), np.uint64), [0]
 
     def once() -> None:
@@ -63,8 +69,7 @@ def check(context: Context, cell: Cell) -> Checked:
     Raises:
         CheckError: a page was not mapped, or a walk went elsewhere.
     """
-    guest = ShadowGuest(SIZE, prefetch=WORKLOADS[cell.workload])
-    guest.fault(guest.gvas)
+    guest = guest_of(cell)
     prepare(guest, cell.strategy)
     before = guest.machine.counters()
     faults = len(guest.gvas)
@@ -100,4 +105,18 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table("page faults under shadow paging", head, rows, note)] if rows else []
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, by_default=False)
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    unavailable,
+    tables,
+    by_default=False,
+    description=Description(
+        "What does a fault under shadow paging cost, KVM's part of it, against a walk of the guest's tables?",
+    ),
+    over=Over(WALK, cost=True),
+    parameters=(MIB,),
+    priced=Priced("pages", exits=("faults",), flushes=("remote_tlb_flush_requests",), locks=("lock_taken",), over=alone),
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed
+from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Timed
 from bench.results import counters_of
 from bench.shadow_guest import ShadowGuest
 from bench.tables import Table, by_workload
@@ -80,4 +80,15 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table("memory of shadow paging", ("guest", "bytes per page", "pages", *names), rows, note)]
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, why_not, tables, by_default=False)
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    why_not,
+    tables,
+    by_default=False,
+    description=Description(
+        "How many bytes does shadowing a guest cost, for each 4 KiB page that it maps?",
+    ),
+)

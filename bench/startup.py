@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed, unavailable
+from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Over, Timed, unavailable
 from bench.results import counters_of
 from bench.tables import Table, by_workload, counts, ratio_text, round_values
 
 NAME, WORKLOAD = "startup", "process"
 SNAPSHOT = Path(__file__).parent / "traces" / "snapshot-linux-boot.npz"
 PLAIN = "numba"
+OVER = Over(PLAIN, cost=True, called="the import of Numba")
 CODE = {
     "interpreter": "",
     PLAIN: "import numba",
@@ -89,7 +90,17 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
         "Whole processes, bytecode and kernels cached. fastmmu: `import fastmmu`, which imports a name when it is first used; "
         f"everything: all of them at once; translate-many: the import and a first translation. {rounds} rounds."
     )
-    return [Table("startup", ("process", f"cost over the import of {PLAIN}", "ms", "modules"), rows, note)]
+    return [Table("startup", ("process", OVER.head, "ms", "modules"), rows, note)]
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, unavailable, tables, by_default=False)
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    unavailable,
+    tables,
+    by_default=False,
+    description=Description("What does a user wait for before the first answer?"),
+    over=OVER,
+)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyperf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,8 +18,16 @@ from bench.registry import EXPERIMENTS
 from bench.report import tables_of
 from bench.results import count_benchmarks, counter_metadata, public_run, write_suites
 from bench.rounds import Plan, calibrate, compiling, measure
+from fastmmu import AuditError, MachineError, ReplayError, TraceError
+from fastmmu.events import Op
 
+FEWEST_RECORDS = 10_000  # of a trace that is timed
 SHOWN_COUNTERS = ("records", "device_accesses", "hits", "wrong")
+
+
+def matches(name: str, pattern: str | None) -> bool:
+    """Whether a cell's name is asked for."""
+    return pattern is None or pattern in name or fnmatch.fnmatch(name, pattern) or pattern.startswith(f"{name}/")
 
 
 class Suite:
@@ -26,12 +37,22 @@ class Suite:
         self.context, self.cells, self.console = context, cells, console
         self.checked: dict[Cell, Checked] = {}
         self.runs: dict[Cell, list[pyperf.Run]] = {}
-        self.reasons = {cell: EXPERIMENTS[cell.experiment].why_not(context, cell) for cell in cells}
+        self.reasons = {cell: self.why_not(cell) for cell in cells}
 
     @property
     def timed_cells(self) -> list[Cell]:
         """The cells that can be timed."""
         return [cell for cell in self.cells if not self.reasons[cell]]
+
+    def why_not(self, cell: Cell) -> str:
+        """Why a cell is not timed; a trace of the user's may end before the call from Python is forgotten."""
+        context = self.context.of(cell)
+        reason = EXPERIMENTS[cell.experiment].why_not(context, cell)
+        if reason or not context.own:
+            return reason
+        events = context.workload.events
+        records = int(np.isin(events["op"], (Op.ACCESS, Op.DEVICE)).sum())
+        return "" if records >= FEWEST_RECORDS else f"{records:,} records, fewer than {FEWEST_RECORDS:,}"
 
     def say(self, text: str) -> None:
         """Print a line as it is."""
@@ -46,20 +67,20 @@ class Suite:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        return Progress(*columns, console=self.console)
+        return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
     def check(self) -> None:
         """Counters of every cell, each proven against the reference.
 
         Raises:
-            ReplayError, CheckError: see the experiments' `check`.
+            TraceError: the trace does not replay. CheckError: see the experiments' `check`.
         """
         with compiling(self.timed_cells, self.context), self.progress() as progress:
             task = progress.add_task("checking against the reference", total=len(self.cells))
             for cell in self.cells:
                 checkpoint()
                 progress.update(task, description=f"checking {cell.name}")
-                self.checked[cell] = EXPERIMENTS[cell.experiment].check(self.context, cell)
+                self.checked[cell] = self.checked_cell(cell)
                 progress.advance(task)
             progress.update(task, description="checked against the reference")
         for cell, checked in self.checked.items():
@@ -67,27 +88,38 @@ class Suite:
                 shown = ", ".join(f"{checked.counters[name]:,} {name.replace('_', ' ')}" for name in SHOWN_COUNTERS)
                 self.say(f"{cell.name}: {shown}")
 
-    def measure(self, rounds: int) -> None:
-        """Time the cells, each experiment in its own rounds.
+    def checked_cell(self, cell: Cell) -> Checked:
+        """One cell; what a trace asks of a machine, and it cannot do, is told with the cell's name."""
+        try:
+            return EXPERIMENTS[cell.experiment].check(self.context.of(cell), cell)
+        except (TraceError, MemoryError):
+            raise
+        except ReplayError as error:
+            raise TraceError(f"{self.context.trace}: {error}") from None
+        except (MachineError, AuditError, ValueError) as error:
+            raise CheckError(f"{cell.name}: {error}") from None
+
+    def measure(self, rounds: dict[str, int]) -> None:
+        """Time the cells, each experiment in its own rounds, so many as stand beside its name.
 
         Raises:
             WorkerError: a worker failed or came to another digest. CheckError: a timed run delivers something else.
         """
         for cell, reason in self.reasons.items():
-            if (reason and cell.workload == self.context.workload.name) or "installed" in reason or "gcc" in reason:
+            of_trace = self.context.own or cell.workload == self.context.workload.name
+            if reason and (of_trace or "installed" in reason or "gcc" in reason):
                 self.say(f"{cell.name}: not timed: {reason}")
         groups: dict[str, list[Cell]] = {}
         for cell in self.timed_cells:
             groups.setdefault(cell.experiment, []).append(cell)
-        rounds_of = {name: max(rounds, EXPERIMENTS[name].rounds) for name in groups}
         with self.progress() as progress:
-            total = sum(rounds_of[name] * len(cells) for name, cells in groups.items())
+            total = sum(rounds[name] * len(cells) for name, cells in groups.items())
             task = progress.add_task("timing", total=total)
             for name, cells in groups.items():
                 progress.update(task, description=f"calibrating {name}")
                 plans = [self.plan(cell) for cell in cells]
                 progress.update(task, description=f"timing {name}")
-                self.runs |= measure(plans, rounds_of[name], self.context, self.advance(progress, task))
+                self.runs |= measure(plans, rounds[name], self.context, self.advance(progress, task))
             progress.update(task, description="timed")
 
     @staticmethod
@@ -102,19 +134,14 @@ class Suite:
             CheckError: it is not.
         """
         checkpoint()
-        plan = calibrate(cell, EXPERIMENTS[cell.experiment].timed(self.context, cell))
+        plan = calibrate(cell, EXPERIMENTS[cell.experiment].timed(self.context.of(cell), cell))
         expected = self.checked[cell].expected
         if plan.digest != expected:
             raise CheckError(f"{cell.name}: a timed run came to digest {plan.digest:#x}, expected {expected:#x}")
         return plan
 
-    def write(self, folder: Path) -> None:
-        """Write one pyperf suite per experiment.
-
-        Raises:
-            ResultError: the folder cannot be written.
-        """
-        checkpoint()
+    def benchmarks(self) -> dict[str, list[pyperf.Benchmark]]:
+        """What was found, as the benchmarks of a suite for each experiment."""
         suites: dict[str, list[pyperf.Benchmark]] = {}
         for cell in self.cells:
             benchmarks = suites.setdefault(cell.experiment, [])
@@ -127,7 +154,16 @@ class Suite:
             benchmarks += count_benchmarks(cell.name, checked.counts, extra)
             if cell in self.runs:
                 benchmarks.append(pyperf.Benchmark([public_run(run, extra) for run in self.runs[cell]]))
-        write_suites(folder, {experiment: benchmarks for experiment, benchmarks in suites.items() if benchmarks})
+        return {experiment: benchmarks for experiment, benchmarks in suites.items() if benchmarks}
+
+    def write(self, folder: Path) -> None:
+        """Write one pyperf suite per experiment.
+
+        Raises:
+            ResultError: the folder cannot be written.
+        """
+        checkpoint()
+        write_suites(folder, self.benchmarks())
 
     def show(self, folder: Path) -> None:
         """Print the tables of the files just written."""

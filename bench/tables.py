@@ -25,7 +25,7 @@ class Table:
         """For the terminal."""
         table = RichTable(title=self.title, title_justify="left")
         for position, name in enumerate(self.head):
-            table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position == 0)
+            table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position < 2, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -42,16 +42,41 @@ def round_values(benchmark: pyperf.Benchmark) -> list[float]:
     return [statistics.median(run.values) for run in benchmark.get_runs()]
 
 
-def ratio_text(plain: list[float], other: list[float], *, cost: bool) -> str:
-    """Ratio within each round, as median and middle half over rounds; `unstable` where that half is too wide."""
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio formed within each round: median and middle half over rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @property
+    def unstable(self) -> bool:
+        """Whether the middle half is too wide to give a number."""
+        return self.high - self.low > UNSTABLE * self.median
+
+    @property
+    def text(self) -> str:
+        """The number and its interval; `unstable` in its place where that is too wide."""
+        digits = 2 if self.median >= 0.1 else 4
+        if self.rounds < 2:
+            return f"{self.median:.{digits}f}"
+        spread = f"[{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"unstable {spread}" if self.unstable else f"{self.median:.{digits}f} {spread}"
+
+
+def ratio_of(plain: list[float], other: list[float], *, cost: bool) -> Ratio:
+    """Ratio within each round: other over plain if it is a cost, else plain over other."""
     ratios = sorted(b / a if cost else a / b for a, b in zip(plain, other, strict=True))
     median = statistics.median(ratios)
-    digits = 2 if median >= 0.1 else 4
-    if len(ratios) < 2:
-        return f"{median:.{digits}f}"
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    spread = f"[{low:.{digits}f}, {high:.{digits}f}]"
-    return f"unstable {spread}" if high - low > UNSTABLE * median else f"{median:.{digits}f} {spread}"
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (median,) * 3
+    return Ratio(median, low, high, len(ratios))
+
+
+def ratio_text(plain: list[float], other: list[float], *, cost: bool) -> str:
+    """Ratio within each round, as text."""
+    return ratio_of(plain, other, cost=cost).text
 
 
 def best_ratio(plain: list[float], other: list[float]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyperf
 
-from bench.experiment import Cell, Checked, CheckError, Context, Experiment, Timed
+from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Over, Timed
 from bench.peers import c_loop, emulator, forensics
 from bench.results import counters_of
 from bench.tables import Table, best_ratio, by_workload, nanoseconds, ratio_text, round_values
@@ -268,5 +268,32 @@ def thread_tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     return [Table("translate_many in two threads, 256 GiB", head, rows, f"{len(times['one'])} interleaved rounds.")]
 
 
-EXPERIMENT = Experiment(NAME, cells, check, timed, why_not, tables, by_default=False)
-THREADS = Experiment(THREADS_NAME, thread_cells, check, timed, why_not, thread_tables, by_default=False, rounds=THREAD_ROUNDS)
+EXPERIMENT = Experiment(
+    NAME,
+    cells,
+    check,
+    timed,
+    why_not,
+    tables,
+    by_default=False,
+    description=Description(
+        "How fast is a random walk, against a C loop, the memory itself, and other walkers?",
+    ),
+    over=Over("c"),
+    measured=("resident_growth_bytes",),
+)
+THREADS = Experiment(
+    THREADS_NAME,
+    thread_cells,
+    check,
+    timed,
+    why_not,
+    thread_tables,
+    by_default=False,
+    rounds=THREAD_ROUNDS,
+    description=Description(
+        "Do two threads translate twice as fast as one?",
+    ),
+    over=Over("one"),
+    measured=("resident_growth_bytes",),
+)

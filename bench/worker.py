@@ -38,12 +38,12 @@ def main() -> None:
         context = Context(args.trace, args.records)
         for name in args.compile_only.split(","):
             cell = Cell.named(name)
-            EXPERIMENTS[cell.experiment].timed(context, cell).run(1)
+            EXPERIMENTS[cell.experiment].timed(context.of(cell), cell).run(1)
         return
     args = runner.parse_args()
     die_with(args.parent)
     cell = Cell.named(args.cell)
-    work = EXPERIMENTS[cell.experiment].timed(Context(args.trace, args.records), cell)
+    work = EXPERIMENTS[cell.experiment].timed(Context(args.trace, args.records).of(cell), cell)
     runner.bench_time_func(f"{cell.name}/time", work.run, inner_loops=work.accesses)
     if work.digest() != args.digest:
         sys.exit(f"{cell.name}: a timed run came to digest {work.digest():#x}, expected {args.digest:#x}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmmu.bits import CR0, CR4, EFER, GENERATION_UPDATING, GPTE64, PFERR, WORDS_PER_PAGE
-from fastmmu.events import EventList
+from fastmmu.events import EventList, Op
 from fastmmu.paging import Cpu
 from fastmmu.trace import load_replay
 from fastmmu.vm import Workload
@@ -16,6 +16,9 @@ from fastmmu.vm import Workload
 BUNDLED_TRACE = Path(__file__).parent / "traces" / "excerpt-replay-linux-boot-long.npz"
 
 LONGEST_NAME = 60
+# Names that experiments have for workloads of their own, beside those of the small ones below; and the end of one of them.
+TAKEN = {"data", "all", "all-execute-only", "woven", "matrix-wp1", "matrix-wp0", "snapshot-linux-boot", "snapshot-fork-exec"}
+TAKEN_END = "-warm"
 RAM = 16 << 20
 DEVICE_A, DEVICE_B = 0xFE00_0000, 0xFE10_0000
 GVA = 0xFFFF_8000_0020_0000  # where the small workloads map their device
@@ -124,6 +127,11 @@ def memslot_update() -> Workload:
 SMALL_WORKLOADS = (remap_invlpg, two_address_spaces, remap_no_invlpg, kernel_only_page, memslot_update)
 
 
+def device_accesses(workload: Workload) -> int:
+    """How many accesses to devices a stream has."""
+    return int((workload.events["op"] == Op.DEVICE).sum())
+
+
 def trace_workload(path: Path, records: int | None = None) -> Workload:
     """The stream of a replay file, named without the prefixes and suffixes that file names carry.
 
@@ -133,8 +141,10 @@ def trace_workload(path: Path, records: int | None = None) -> Workload:
     workload = load_replay(path, records)
     name = re.sub(r"^((excerpt|replay)-)+|-long$", "", workload.name)
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:LONGEST_NAME] or "trace"
-    if name in {make.__name__.replace("_", "-") for make in SMALL_WORKLOADS}:
+    if name in TAKEN | {make.__name__.replace("_", "-") for make in SMALL_WORKLOADS}:
         name = f"trace-{name}"
+    if name.endswith(TAKEN_END):
+        name = f"{name}-trace"
     return Workload(
         name=name,
         cpu=workload.cpu,

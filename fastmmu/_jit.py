@@ -202,7 +202,7 @@ if JIT:
 
     fetch_or = _read_modify_write("or")
     fetch_and = _read_modify_write("and")
-    fetch_sub = _read_modify_write("sub")
+    fetch_add, fetch_sub = _read_modify_write("add"), _read_modify_write("sub")
     exchange = _read_modify_write("xchg")
 
     @intrinsic
@@ -247,6 +247,17 @@ if JIT:
             return builder.call(function, [])
 
         return types.uint64(), codegen
+
+    @intrinsic
+    def likely(typingctx, condition):
+        """The condition, and a hint that it holds nearly always: registers and the straight way are for that case."""
+
+        def codegen(context, builder, signature, args):
+            bit = ir.IntType(1)
+            function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(bit, [bit, bit]), "llvm.expect.i1")
+            return builder.call(function, [args[0], bit(1)])
+
+        return types.boolean(types.boolean), codegen
 
     @intrinsic
     def prefetch(typingctx, array, index):
@@ -295,7 +306,7 @@ else:
         return modify
 
     fetch_or, fetch_and = _read_modify_write(operator.or_), _read_modify_write(operator.and_)
-    fetch_sub = _read_modify_write(operator.sub)
+    fetch_add, fetch_sub = _read_modify_write(operator.add), _read_modify_write(operator.sub)
     exchange = _read_modify_write(lambda seen, value: value)
     waiting: list[Callable[[], None]] = []  # what the race explorer does where a thread waits for another one
 
@@ -319,6 +330,10 @@ else:
     def cycles():
         """Nanoseconds instead."""
         return np.uint64(time.perf_counter_ns())
+
+    def likely(condition):
+        """The condition."""
+        return condition
 
     def prefetch(array, index):
         """Nothing to do without compiled code."""

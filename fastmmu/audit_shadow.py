@@ -7,7 +7,7 @@ import numpy as np
 
 from fastmmu.audit_state import State, fail, must, spte_list
 from fastmmu.bits import ACC, CR4, EPT, GPTE64, NPT_SPTE, ROLE
-from fastmmu.machine_state import HASH_BUCKETS, TABLE_WORDS, SlotFlag, VcpuWord, VmWord
+from fastmmu.machine_state import HASH_BUCKETS, TABLE_WORDS, SlotFlag, SplitAccess, VcpuWord, VmWord
 
 
 def check_shadow_pages(state: State) -> None:
@@ -211,11 +211,16 @@ def check_entries(state: State, at: int) -> None:
         "page of a table with other rights than the guest grants, spte",
         index[table][pointer],
     )
-    check_rights(child_access[~pointer], granted[table][~pointer], role, index[table][~pointer])
+    propagates = state.word[VmWord.SPLIT_ACCESS] == np.uint64(SplitAccess.PROPAGATE)
+    less = ACC.W | ACC.X if propagates else ACC.W
+    check_rights(child_access[~pointer], granted[table][~pointer], role, index[table][~pointer], less)
 
 
-def check_rights(kept: np.ndarray, granted: np.ndarray, role: np.uint64, index: np.ndarray) -> None:
-    """Rights kept of a leaf are the guest's, W perhaps left out; without CR0.WP a supervisor's page may have W instead of U."""
-    same = (kept | ACC.W) == (granted | ACC.W)
+def check_rights(
+    kept: np.ndarray, granted: np.ndarray, role: np.uint64, index: np.ndarray, less: np.uint64 = ACC.W
+) -> None:
+    """Rights kept of a leaf are the guest's, those of `less` perhaps left out: W, or what a huge spte did not have when its rights
+    were propagated. Without CR0.WP a supervisor's page may have W instead of U."""
+    same = (kept | less) == (granted | less)
     supervisor = (kept & (ACC.W | ACC.U) == ACC.W) & (role & ROLE.CR0_WP == 0)
-    must(same & ((kept & ACC.W == 0) | (granted & ACC.W != 0)) | supervisor, "rights kept are not the guest's, spte", index)
+    must(same & (kept & less & ~granted == 0) | supervisor, "rights kept are not the guest's, spte", index)

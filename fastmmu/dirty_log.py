@@ -54,12 +54,14 @@ def clear_slot_bits(vm, stat, slot, min_level, bits):
 
 @inner
 def split_eagerly(vm, stat, slot, start, end):
-    """Split the huge pages of [start, end) if KVM does it eagerly, which without the TDP MMU it never does (facts 8.1)."""
-    if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO or vm.word[VmWord.TDP_MMU] == ZERO:
+    """Split the huge pages of [start, end) if KVM does it eagerly, which without the TDP MMU it never does (facts 8.1); but for the
+    policy of the first versions of the patches."""
+    if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO or vm.word[VmWord.TDP_MMU] | vm.word[VmWord.SPLIT_SHADOW_PAGES] == ZERO:
         return
     if has_rmaps(vm.word):
         split_shadow_range(vm, stat, slot, start, end)
-    split_range(vm, stat, start, end)
+    if vm.word[VmWord.TDP_MMU] != ZERO:
+        split_range(vm, stat, start, end)
 
 
 @inner

@@ -8,7 +8,9 @@ import numpy as np
 
 from fastmmu.bits import EPT_SPTE, NPT_SPTE
 from fastmmu.checks import WORD, checked_flag, checked_int
-from fastmmu.machine_state import VmWord
+from fastmmu.machine_state import SplitAccess, VmWord
+
+SPLIT_ACCESS = {one.name.lower().replace("_", "-"): one for one in SplitAccess}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,11 @@ class Kvm:
         fast_page_fault: write-protection faults of direct maps are fixed without the mmu lock.
         pml: page-modification logging; needs tdp and ad.
         manual_protect, initially_set: the dirty-log capability.
+        split_shadow_pages: eager splitting in the shadow pages of every guest, with or without the TDP MMU, as the first versions
+            of the patches had it; what was merged splits those of nested guests beside the TDP MMU (facts 8.1, 8.2).
+        split_access: where the guest's rights to a huge page in shadow pages come from when it is split: "cached", kept beside the
+            gfn; "guest-walk", its entry read again; "propagate", the huge spte itself (facts 8.3, 8.5, 8.6).
+        split_on_fault: the TDP MMU splits a huge page that a fault wants smaller (since Linux 6.2); else it drops it.
         page_1g: huge pages of 1 GiB.
         nested: the guest may be a hypervisor, which has NPT or EPT as `ept` says; needs tdp, without pml.
         next_rip: the processor says where the next instruction is, so that VMRUN is not emulated to step over it.
@@ -68,6 +75,9 @@ class Kvm:
     pml: bool = False
     manual_protect: bool = False
     initially_set: bool = False
+    split_shadow_pages: bool = False
+    split_access: str = "cached"
+    split_on_fault: bool = False
     page_1g: bool = True
     nested: bool = False
     next_rip: bool = True
@@ -99,6 +109,8 @@ class Kvm:
             raise ValueError("pml: True, expected False without tdp or without ad")
         if self.nested and (not self.tdp or self.pml):
             raise ValueError("nested: True, expected tdp, and no pml")
+        if self.split_access not in SPLIT_ACCESS:
+            raise ValueError(f"split_access: {self.split_access!r}, expected one of {', '.join(SPLIT_ACCESS)}")
         if self.initially_set and not self.manual_protect:
             raise ValueError("initially_set: True, expected manual_protect with it")
 
@@ -106,7 +118,8 @@ class Kvm:
 FLAGS = (
     "tdp", "tdp_mmu", "ept", "ad", "nx_huge_pages", "eager_page_split", "mmio_caching", "mmio_info", "cached_roots",
     "sync_skips_unchanged", "last_slot", "prefetch", "force_sync_on_reuse", "fast_page_fault", "pml", "manual_protect",
-    "initially_set", "page_1g", "nested", "next_rip", "tlb_flushed_on_exit", "accessed_while_walking", "reserved_without_present",
+    "initially_set", "split_shadow_pages", "split_on_fault", "page_1g", "nested", "next_rip",
+    "tlb_flushed_on_exit", "accessed_while_walking", "reserved_without_present",
 )  # fmt: skip
 
 

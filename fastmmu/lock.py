@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmmu._jit import cmpxchg, cycles, fetch_sub, inner, load, pause, store
+from fastmmu._jit import cmpxchg, cycles, fetch_add, fetch_sub, inner, load, pause, store
 from fastmmu.bits import ONE, ZERO, bit
 from fastmmu.machine_state import Counter, VmWord
 
 WRITER = bit(63)
 MOST_PAUSES = 64
-LOCK, POOL = np.uint64(VmWord.MMU_LOCK), np.uint64(VmWord.POOL_LOCK)
+LOCK, POOL, WAITERS = np.uint64(VmWord.MMU_LOCK), np.uint64(VmWord.POOL_LOCK), np.uint64(VmWord.LOCK_WAITERS)
+MOST_YIELDS = 1000
 
 
 @inner
@@ -62,10 +63,20 @@ def unlock_for_reading(word, stat):
 @inner
 def lock_for_writing(word, stat):
     """Wait until nobody has the lock."""
-    asked, pauses = now(word), 1
+    asked = now(word)
+    if cmpxchg(word, LOCK, ZERO, WRITER) != ZERO:
+        wait_for_writing(word)
+    taken(word, stat, asked)
+
+
+@inner
+def wait_for_writing(word):
+    """The same, once somebody has it."""
+    fetch_add(word, WAITERS, ONE)
+    pauses = 1
     while cmpxchg(word, LOCK, ZERO, WRITER) != ZERO:
         pauses = back_off(pauses)
-    taken(word, stat, asked)
+    fetch_sub(word, WAITERS, ONE)
 
 
 @inner
@@ -73,6 +84,23 @@ def unlock_for_writing(word, stat):
     """Nobody has it any more."""
     stat[Counter.LOCK_HELD] += now(word)
     store(word, LOCK, ZERO)
+
+
+@inner
+def is_contended(word):
+    """Whether somebody waits for the lock to write."""
+    return load(word, WAITERS) != ZERO
+
+
+@inner
+def yield_lock(word, stat):
+    """Drop the lock, which is held for writing, and take it again after who waits for it now: KVM's is handed on in turn."""
+    unlock_for_writing(word, stat)
+    for _ in range(MOST_YIELDS):
+        if not is_contended(word) or load(word, LOCK) != ZERO:
+            break
+        pause()
+    lock_for_writing(word, stat)
 
 
 @inner

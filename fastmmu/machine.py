@@ -15,7 +15,7 @@ from fastmmu.drive import drive
 from fastmmu.ept import EptCaps, checked_eptp
 from fastmmu.event_checks import Limits, MemslotInfo, check_events
 from fastmmu.events import EventList, Op
-from fastmmu.kvm import FLAGS, Kvm, set_spte_masks
+from fastmmu.kvm import FLAGS, SPLIT_ACCESS, Kvm, set_spte_masks
 from fastmmu.machine_state import (
     LOG,
     MEMSLOT,
@@ -127,6 +127,7 @@ class Machine:
         for name in FLAGS:
             if name not in ("page_1g", "nested"):
                 word[VmWord[name.upper()]] = getattr(kvm, name)
+        word[VmWord.SPLIT_ACCESS] = SPLIT_ACCESS[kvm.split_access]
         word[VmWord.ROOT_LEVEL] = 5 if self._maxphyaddr > 48 else 4
         word[VmWord.MAX_LEVEL] = 3 if kvm.page_1g else 2
         set_spte_masks(word, kvm)

@@ -120,8 +120,11 @@ class VmWord(IntEnum):
     THREADS = 72  # vCPUs run at the same time: whoever must know that they have left the guest waits for it
     NEXT_RIP = 73  # the processor says where the next instruction is: KVM steps over VMRUN without emulating it
     SHADOW_ROOTS = 74  # there are shadow pages beside the TDP MMU's tables: a nested guest has run
-    VECTOR_LENGTH = 75  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
-    VECTOR_TABLE = 76  # the pages,
+    SPLIT_SHADOW_PAGES = 75  # eagerly those of every guest, not of nested guests alone
+    SPLIT_ACCESS = 76  # where the rights of the table that takes a huge page's place come from: a SplitAccess
+    SPLIT_ON_FAULT = 77  # the TDP MMU splits a huge page that a fault wants smaller; else it drops it
+    VECTOR_LENGTH = 78  # shadow pages that a walk over unsync ones collected (see unsync.py): how many,
+    VECTOR_TABLE = 79  # the pages,
     VECTOR_INDEX = VECTOR_TABLE + 16  # and which entry of the page above points to each;
     STACK_TABLE = VECTOR_INDEX + 16  # by level, the page that the walk is in,
     STACK_INDEX = STACK_TABLE + 6  # the entry that it looks at next,
@@ -132,13 +135,22 @@ class VmWord(IntEnum):
     MMU_LOCK = HASH + 4096 + 16  # the mmu lock (see lock.py), alone in its cache line
     POOL_LOCK = MMU_LOCK + 16  # of the pool of tables, under the mmu lock for reading
     DEFERRED = POOL_LOCK + 1  # first of the tables that may still be read: freed when no thread can be (see pool.py)
-    REQUESTS = POOL_LOCK + 16  # the first vCPU's, then every PER_VCPU words: its Request bits,
+    LOCK_WAITERS = POOL_LOCK + 16  # how many wait for the mmu lock
+    REQUESTS = LOCK_WAITERS + 16  # the first vCPU's, then every PER_VCPU words: its Request bits,
     RUNNING = REQUESTS + 1  # and whether it runs the guest, or reads sptes without the mmu lock: a Running
 
 
 VECTOR_SIZE = 16
 HASH_BUCKETS = 4096
 PER_VCPU = 8  # a cache line
+
+
+class SplitAccess(IntEnum):
+    """Where the guest's rights to a huge page come from when it is split (facts 8.3, 8.5, 8.6)."""
+
+    CACHED = 0  # the word kept beside the gfn
+    GUEST_WALK = 1  # the guest's entry, read again
+    PROPAGATE = 2  # the huge spte itself: without X where NX huge pages took it, until a fault repairs it
 
 
 class Running(IntEnum):
@@ -192,6 +204,9 @@ class Counter(IntEnum):
     LOCK_WAITED = 35  # cycles that it was waited for, where LOCK_TIMED
     LOCK_HELD = 36  # and that it was held
     PROTECTED = 37  # leaves that logging took W from
+    # ours, about huge pages that give way to smaller ones
+    SPLITS = 38  # huge leaves that were replaced by a table of 512
+    SPLIT_READS = 39  # guest entries read for that
 
 
 KVM_COUNTERS = tuple(counter for counter in Counter if counter < Counter.TLB_HITS)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from fastmmu._jit import cmpxchg, kernel, load
-from fastmmu.bits import NPT_SPTE, PAGE_SHIFT, ZERO
-from fastmmu.descent import NOWHERE, root_for, walk_sptes
+from fastmmu._jit import cmpxchg, cycles, inner, kernel, load
+from fastmmu.bits import NPT_SPTE, PAGE_SHIFT, PFERR, ZERO
+from fastmmu.descent import NOWHERE, root_for, use_spte, walk_sptes
+from fastmmu.dirty_log import split_eagerly
 from fastmmu.fault import page_fault
+from fastmmu.lock import lock_for_writing, unlock_for_writing
 from fastmmu.machine_state import Outcome
+from fastmmu.memslot import slot_by_id
 from fastmmu.spte import lowest, pfn_of
 from fastmmu.views import vcpu_of
 
@@ -60,3 +63,73 @@ def walk_spte_column(vm, vcpus, gpas, access):
             mapped += 1
             total ^= pfn_of(vm.spt[index])
     return mapped, total
+
+
+MOST_FAULTS = 100  # of one access: far more than any takes
+
+
+@inner
+def touch(vm, vcpu, gva, access):
+    """One access of the guest, on a processor without TLB: the sptes are walked, A and D set, and KVM is asked until they allow it.
+
+    How many faults that took, less than 0 where the guest got a #PF instead.
+    """
+    page = gva >> PAGE_SHIFT
+    for faults in range(MOST_FAULTS):
+        table, level = root_for(vm, vcpu, page)
+        index, found = walk_sptes(vm, table, level, page, access)
+        if index == NOWHERE:
+            if page_fault(vm, vcpu, gva, found) == Outcome.INJECT:
+                return -1
+        elif use_spte(vm, vcpu, index, found, page, access & PFERR.W != ZERO)[0]:
+            return faults
+    return -1
+
+
+@inner
+def note_ticks(ticks, i, since):
+    """Keep how long an access took, where anybody wants to know."""
+    if ticks is None:
+        return
+    ticks[i] = cycles() - since
+
+
+@inner
+def begin_ticks(ticks):
+    """The time before an access."""
+    if ticks is None:
+        return ZERO
+    return cycles()
+
+
+@kernel
+def touch_column(vm, vcpus, number, gvas, accesses, ticks):
+    """The accesses of one vCPU, one after another: how many faults they took, or less than 0 where one ended in a #PF.
+
+    Args:
+        gvas, accesses: uint64, as many; PFERR bits.
+        ticks: uint64, as many, for the cycles that each took, or None.
+    """
+    vcpu = vcpu_of(vcpus, number)
+    total, denied = 0, False
+    for i in range(len(gvas)):
+        since = begin_ticks(ticks)
+        faults = touch(vm, vcpu, gvas[i], accesses[i])
+        note_ticks(ticks, i, since)
+        denied |= faults < 0
+        total += faults
+    return -1 if denied else total
+
+
+@kernel
+def split_slot(vm, stat, identity):
+    """Split the huge pages of a memslot, and nothing else of what the begin of dirty logging does.
+
+    Args:
+        stat: int64[STAT_WORDS], the caller's own counters.
+        identity: uint64, id of a memslot.
+    """
+    slot = vm.mem.slots[slot_by_id(vm, identity)]
+    lock_for_writing(vm.word, stat)
+    split_eagerly(vm, stat, slot, slot["base"], slot["base"] + slot["pages"])
+    unlock_for_writing(vm.word, stat)

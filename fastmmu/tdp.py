@@ -237,6 +237,7 @@ def split_huge_page(vm, stat, index, level):
         return True
     count_leaf(stat, level, -1)
     count_leaf(stat, below, TABLE_WORDS)
+    count(stat, Counter.SPLITS)
     return True
 
 

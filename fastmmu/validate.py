@@ -284,6 +284,7 @@ def kvm_of(scenario: Scenario) -> Kvm:
         next_rip=bool(cpuid.get("svm_nrips", False)),
         accessed_while_walking=True,
         reserved_without_present=True,
+        **{name: config[name] for name in ("split_shadow_pages", "split_access", "split_on_fault") if name in config},
     )
 
 

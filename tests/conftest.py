@@ -19,7 +19,10 @@ MACHINE = [f"test_{name}.py" for name in (
 )]  # fmt: skip
 NESTED_GUESTS = ("test_nested_guest.py", "test_nested_ept.py")
 NESTED_FILES = ("npt1.F]", "npt1.Falias]", "npt1-eagerN.F]", "npt1-tdpN.F]")
-HARNESS = ("test_bench.py", "test_mmu_bench.py", "test_lock_scaling.py", "test_mutations.py")
+HARNESS = (
+    "test_bench.py", "test_mmu_bench.py", "test_lock_scaling.py", "test_mutations.py", "test_report.py", "test_against.py",
+    "test_compare.py",
+)  # fmt: skip
 NO_KERNELS = ("test_address_space.py", "test_command_line.py", "test_startup.py")
 SEED = int(os.environ.setdefault("FASTMMU_SEED", str(random.SystemRandom().randrange(1 << 32))))  # workers inherit it
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,16 +13,18 @@ import numpy as np
 import pyperf
 import pytest
 from conftest import ROOT
+from test_replay_file import meta, save, small_columns
 
-from bench import rounds
-from bench.__main__ import matches
+from bench import interrupts, rounds
 from bench.experiment import Cell, CheckError, Context, Timed
 from bench.mmio_cache import check_workload
-from bench.report import committed_folders, summary_text, tables_of, with_readme_block
+from bench.prices import Prices
+from bench.report import committed_folders, summary_text, tables_of, with_readme_block, write_report
 from bench.results import PRIVATE_METADATA, ResultError, load_suite, per_million, public_run, write_suites
 from bench.rounds import Plan, WorkerError, calibrate, measure
+from bench.suite import matches
 from bench.tables import ratio_text
-from bench.workloads import BUNDLED_TRACE, remap_invlpg, trace_workload
+from bench.workloads import BUNDLED_TRACE, TAKEN, TAKEN_END, remap_invlpg, trace_workload
 from fastmmu._jit import JIT
 
 compiled_only = pytest.mark.skipif(not JIT, reason="pyperf's workers run compiled code whatever this process does")
@@ -124,6 +125,13 @@ def test_damaged_result_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "mmio-cache.json").write_text(text)
         with pytest.raises(ResultError, match="not a pyperf result file"):
             tables_of(tmp_path)
+    path = tmp_path / "mmio-cache.json"
+    for name, said in (("a", "expected mmio-cache/workload/strategy/metric"), ("mmio-cache/a/b/time", "not a whole result file")):
+        pyperf.Benchmark([pyperf.Run([1.0], metadata={"name": name}, collect_metadata=False)]).dump(str(path), replace=True)
+        with pytest.raises(ResultError, match=said):
+            tables_of(tmp_path)
+        with pytest.raises(ResultError, match=said):
+            write_report(tmp_path, Prices())
 
 
 def test_summary_and_readme_are_generated_from_the_files() -> None:
@@ -152,7 +160,7 @@ def test_a_quick_run_writes_suites_that_pyperf_reads(tmp_path: Path) -> None:
     assert "speed-up over none" in run.stdout
     run = bench("--quick", "--only", "replay", "--output", str(out))
     assert run.returncode == 0 and "cost over the bare walk" in run.stdout, run.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["mmio-cache.json", "replay.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["figures", "mmio-cache.json", "replay.json", "report.html"]
     suite = load_suite(out / "mmio-cache.json")
     timed = suite["mmio-cache/linux-boot/generation/time"]
     metadata = timed.get_metadata()
@@ -167,7 +175,7 @@ def test_a_quick_run_writes_suites_that_pyperf_reads(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
-    text = json.dumps([json.loads(path.read_text()) for path in out.iterdir()])
+    text = "".join(path.read_text() for path in out.rglob("*.*"))
     assert str(tmp_path) not in text and sys.prefix not in text and os.uname().nodename not in text
 
 
@@ -288,5 +296,38 @@ def test_an_interruption_leaves_no_result_and_no_worker(tmp_path: Path, how: sig
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
-def test_trace_names_are_made_fit_for_cells() -> None:
+def test_a_signal_while_a_worker_starts_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    honest = subprocess.Popen
+
+    def starting(command: list[str], **options: object) -> subprocess.Popen[str]:
+        started.append(honest(command, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", starting)
+    before = {which: signal.getsignal(which) for which in interrupts.SIGNALS}
+    interrupts.install()
+    try:
+        with pytest.raises(interrupts.Interrupted, match="SIGTERM"), rounds.child(["sleep", "60"]):
+            pytest.fail("the signal is lost")
+    finally:
+        interrupts._pending.clear()
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_trace_names_are_made_fit_for_cells(tmp_path: Path) -> None:
     assert trace_workload(BUNDLED_TRACE, 10).name == "linux-boot"
+    for name, fit in (("remap-invlpg", "trace-remap-invlpg"), ("data", "trace-data"), ("a-warm", "a-warm-trace"), ("a/b@c=1", "a-b-c-1")):
+        assert trace_workload(save(tmp_path / "x.npz", meta(small_columns(), name=name))).name == fit
+
+
+def test_no_trace_has_the_name_of_a_workload() -> None:
+    """Where cells of a trace stand beside those of workloads that an experiment builds."""
+    from bench import access_checks, ept_qualification, mmu_cost
+
+    assert {*access_checks.MATRIX, *access_checks.SNAPSHOT_NAMES} <= TAKEN
+    assert {workload.split("/")[1] for workload in ept_qualification.WORKLOADS} <= TAKEN
+    assert mmu_cost.WARM == TAKEN_END

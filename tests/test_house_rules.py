@@ -12,7 +12,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "fastmmu"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-REFERENCE = ("walk", "tables", "processor", "mmu", "guest_tables", "shadow_pages", "shadow", "kvm", "ept", "nested")
+REFERENCE = ("walk", "tables", "processor", "mmu", "guest_tables", "shadow_pages", "shadow", "split", "kvm", "ept", "nested")
 ALL_SOURCES = SOURCES + sorted((ROOT / "bench").rglob("*.py"))
 
 

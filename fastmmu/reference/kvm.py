@@ -25,6 +25,7 @@ from fastmmu.reference.processor import (
     Vcpu,
 )
 from fastmmu.reference.shadow import ShadowPaging
+from fastmmu.reference.split import applies, split_range
 from fastmmu.reference.tables import PAGE, Device, DeviceInfo, Fault, GuestMemory, Leaf, Slot, lowest, span
 from fastmmu.reference.walk import ACC_U, ACC_W, PFERR_F, PFERR_P, PFERR_RSVD, PFERR_W
 
@@ -38,8 +39,10 @@ class Machine:
     def __init__(
         self, *, npt: bool = True, tdp_mmu: bool = True, eager_page_split: bool = True, nx_huge_pages: bool = False,
         mmio_caching: bool = True, maxphyaddr: int = 40, host_maxphyaddr: int = 40, page_1g: bool = True,
-        hardware: Hardware | None = None,
+        hardware: Hardware | None = None, split_shadow_pages: bool = False, split_access: str = "cached",
+        split_on_fault: bool = False,
     ) -> None:  # fmt: skip
+        self.split_shadow_pages, self.split_access, self.split_on_fault = split_shadow_pages, split_access, split_on_fault
         self.npt, self.eager_page_split, self.nx_huge_pages, self.mmio_caching = npt, eager_page_split, nx_huge_pages, mmio_caching
         self.maxphyaddr, self.page_1g, self.hardware = maxphyaddr, page_1g, hardware or Hardware()
         self.max_gfn = (1 << (host_maxphyaddr if npt else 52) - 12) - 1
@@ -260,11 +263,17 @@ class Machine:
         if slot.readonly or (logging and self.manual_protect & 2):
             return
         if logging:
-            self.mmu.split(slot.gfn, slot.end)
+            self.split(slot.gfn, slot.end)
             self.mmu.write_protect(slot.gfn, slot.end)
             self.flush()
         else:
             self.mmu.zap_collapsible(slot)
+
+    def split(self, start: int, end: int) -> None:
+        """Eager splitting, where the MMU has it (facts 8.1)."""
+        self.mmu.split(start, end)
+        if applies(self.mmu):
+            split_range(self.mmu, start, end)
 
     def advance_generation(self) -> None:
         """MMIO SPTEs are stale now; before the same number comes again they must all be gone (facts 3.4)."""
@@ -307,7 +316,7 @@ class Machine:
         """KVM_CLEAR_DIRTY_LOG of some pages of a slot: those really set are protected, word by word (facts 7.3, 7.4)."""
         for gfns in (words := self.memory.memslots[number].clear_dirty(set(pages))):
             if self.manual_protect & 2:
-                self.mmu.split(gfns[0], gfns[-1])
+                self.split(gfns[0], gfns[-1])
                 self.mmu.protect_huge(gfns[0])
                 if -gfns[0] // span(2) != -gfns[-1] // span(2):  # both are rounded up
                     self.mmu.protect_huge(gfns[-1])

@@ -65,8 +65,11 @@ class Mmu:
                 break
             if not isinstance(entry, Table):
                 child = self.child(table.gfn_of(index), table.level - 1)
+                splits = isinstance(entry, Leaf) and self.machine.split_on_fault and isinstance(self, TdpMmu)
+                if splits:
+                    self.fill(child, entry)
                 self.put((table, index), child)
-                if entry is not None:
+                if entry is not None and not splits:
                     self.machine.flush()
                 if disallowed and requested >= table.level and self.machine.npt and not child.nx_split:
                     child.nx_split = True  # facts 3.5; in 6.1 counted only with TDP
@@ -88,7 +91,8 @@ class Mmu:
         if new == old:
             return SPURIOUS
         self.put(place, new)
-        if isinstance(old, Table) or (isinstance(old, Leaf) and old.dirty and not new.dirty):  # facts 6.4; W and A are not lost
+        cleans = isinstance(old, Leaf) and old.dirty and not new.dirty  # facts 6.4; W and A are not lost
+        if isinstance(old, Table) or (cleans and not isinstance(self, TdpMmu)):  # that one flushes for tables alone (facts 5.4b)
             self.machine.flush()
         return FIXED
 
@@ -204,9 +208,13 @@ class TdpMmu(Mmu):
             if not isinstance(huge, Leaf):
                 continue
             child = self.child(table.gfn_of(index), table.level - 1)
-            for part in range(512):
-                self.put((child, part), replace(huge, executable=huge.executable or child.level == 1))
+            self.fill(child, huge)
             self.put((table, index), child)
+
+    def fill(self, child: Table, huge: Leaf) -> None:
+        """A table maps what a huge page does."""
+        for part in range(512):
+            self.put((child, part), replace(huge, executable=huge.executable or child.level == 1))
 
     def zap_collapsible(self, slot: Slot) -> None:
         """Remove the tables in whose place a huge page could be, each with a flush."""

@@ -246,6 +246,7 @@ class Scenario:
             host_maxphyaddr=cpuid.get("host_maxphyaddr", cpuid["maxphyaddr"]),
             page_1g=cpuid.get("pdpe1gb", True),
             hardware=hardware,
+            **{name: config[name] for name in ("split_shadow_pages", "split_access", "split_on_fault") if name in config},
         )
         self.code = document["interpreter"]
         self.machine.memory.words.update(expand(document["memory"]))

@@ -181,7 +181,7 @@ class ShadowPaging(ShadowPages):
             self.machine.memory.mark_dirty(gfn)
         executable = bool(access & ACC_X) and not (page.level > 1 and self.machine.nx_huge_pages)
         dirty = writable and not was_writable
-        return Leaf(executable, writable, writable, not prefetch, dirty, bool(access & ACC_U), gfn)
+        return Leaf(executable, writable, writable, not prefetch, dirty, bool(access & ACC_U), gfn, access)
 
     # --- the neighbours of a page
 

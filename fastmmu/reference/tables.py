@@ -21,6 +21,7 @@ class Leaf:
     dirty: bool
     user: bool = True
     gfn: int | None = None  # where the place in the table does not tell it
+    granted: int = field(default=ACC_X | ACC_W | ACC_U, compare=False)  # by the guest, when it was mapped: kept beside the entry
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastmmu.bits import CR0, PAGE_SIZE, PHYSICAL_LIMIT
+from fastmmu.kvm import SPLIT_ACCESS
 from fastmmu.machine_state import KVM_COUNTERS
 from fastmmu.trace.npz import TraceError, first_line
 
@@ -246,7 +247,7 @@ def step(value: Any, where: str) -> dict[str, Any]:
 
 CONFIG = fields(
     {"npt": flag, "tdp_mmu": flag, "eager_page_split": flag, "nx_huge_pages": one_of("off", "force"), "mmio_caching": flag},
-    {"nested": flag},
+    {"nested": flag, "split_shadow_pages": flag, "split_access": one_of(*SPLIT_ACCESS), "split_on_fault": flag},
 )
 CPUID = fields({"maxphyaddr": count, "host_maxphyaddr": count}, {name: anything for name in (
     "vendor", "nx", "pdpe1gb", "svm", "smep", "smap", "pku", "la57", "pcid", "svm_npt", "svm_nrips",
