@@ -19,6 +19,7 @@ from bench import (
     shadow_faults,
     shadow_memory,
     split_latency,
+    startup,
     walk_speed,
 )
 from bench.experiment import Experiment
@@ -44,5 +45,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         shadow_faults.EXPERIMENT,
         shadow_caches.EXPERIMENT,
         shadow_memory.EXPERIMENT,
+        startup.EXPERIMENT,
     )
 }

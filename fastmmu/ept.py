@@ -56,6 +56,11 @@ class EptCaps:
 
     Raises:
         ValueError: a MAXPHYADDR outside 32..52, or a flag that is none.
+
+    Example:
+        >>> from fastmmu import EptCaps
+        >>> EptCaps(maxphyaddr=40, page_1g=False).execute_only
+        True
     """
 
     maxphyaddr: int = 46
@@ -284,6 +289,18 @@ def translate_ept(
     Raises:
         ValueError: bad arguments; EptpError, a ValueError: the EPTP makes VM entry fail; OutsideMemory, a ValueError: a table lies
             outside memory. The final address may lie anywhere.
+
+    Example:
+        A page that may be read and written; a fetch is a violation, whose qualification says X asked for, R and W granted.
+
+        >>> from fastmmu import EptCaps, GuestMemory, translate_ept
+        >>> ram = GuestMemory(0x10_0000)
+        >>> for hpa, entry in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4028, 0x9033)):
+        ...     ram.words[hpa >> 3] = entry
+        >>> translate_ept(ram, 0x101E, 0x5678, 2, EptCaps())
+        EptTranslation(ok=True, hpa=38520, level=1, rights=3, exit_reason=0, exit_qualification=0)
+        >>> translate_ept(ram, 0x101E, 0x5678, 4, EptCaps())
+        EptTranslation(ok=False, hpa=0, level=1, rights=3, exit_reason=48, exit_qualification=412)
     """
     if not isinstance(ram, GuestMemory):
         raise ValueError(f"ram: {type(ram).__name__}, expected a GuestMemory")

@@ -56,7 +56,16 @@ EVENT = np.dtype([
 
 class EventList:
     """Builder of an event stream; `array()` is what `replay` and `Machine.run` take. `add` takes any event, the other methods are
-    short for common ones."""
+    short for common ones.
+
+    Example:
+        >>> from fastmmu import USER, EventList, Op
+        >>> events = EventList().cr3(0x1000).device(0x1008, USER).invlpg(0x1000).add(Op.AGE, address=0, value=1 << 20)
+        >>> len(events)
+        4
+        >>> [Op(op).name for op in events.array()["op"]]
+        ['CR3', 'DEVICE', 'INVLPG', 'AGE']
+    """
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int, int, int, int]] = []

@@ -47,6 +47,15 @@ class Kvm:
 
     Raises:
         ValueError: a combination that no KVM has.
+
+    Example:
+        >>> from fastmmu import Kvm
+        >>> Kvm(ept=True, nx_huge_pages=True).tdp_mmu
+        True
+        >>> Kvm(tdp=False)
+        Traceback (most recent call last):
+        ...
+        ValueError: tdp_mmu: True, expected False without tdp
     """
 
     tdp: bool = True

@@ -73,6 +73,14 @@ class Machine:
         vcpus: how many processors it has.
         slots: memslots by id, as the last run left them.
         slot_words_used: words of `vm.slot_words` that memslots have taken.
+
+    Example:
+        >>> from fastmmu import WRITE, Cpu, EventList, Kvm, Machine, Op
+        >>> machine = Machine(Kvm(), Cpu(cr0=1, cr3=0, cr4=0, efer=0), memory=1 << 30)  # without paging: gva is gpa
+        >>> slot = machine.prepare_slot(0, gpa=0, size=1 << 30, host_level=2)
+        >>> events = EventList().add(Op.SLOT_CREATE, value=slot).access(0x5000, WRITE).access(0x6000, 0)
+        >>> machine.run(events.array()).stop.name, machine.counters()["pf_fixed"], machine.counters()["pages_2m"]
+        ('END', 1, 1)
     """
 
     def __init__(self, kvm: Kvm, cpu: Cpu, *, memory: int = 1 << 32, vcpus: int = 1, tables: int = 1 << 18) -> None:

@@ -78,6 +78,16 @@ class GuestMemory:
     Raises:
         ValueError: the size is not a positive multiple of 4096.
         MemoryError: the system refuses to reserve that much.
+
+    Example:
+        >>> from fastmmu import GuestMemory
+        >>> ram = GuestMemory(256 << 30)  # costs nothing yet
+        >>> ram.words[0x1000 >> 3] = 0x2067
+        >>> ram.slots = [(0, 128 << 30, "ram"), (0xFE_0000_0000, 0xFE_0000_1000, "device")]
+        >>> ram.slots = [(0, 512 << 30, "ram")]
+        Traceback (most recent call last):
+        ...
+        ValueError: slot (0, 549755813888, 'ram'): ends beyond the 0x4000000000 bytes of guest memory
     """
 
     def __init__(self, size: int) -> None:

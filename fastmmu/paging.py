@@ -58,6 +58,13 @@ class Cpu:
 
     Raises:
         ValueError: a register outside 64 bits, a MAXPHYADDR outside 36..52, or a combination that no processor accepts.
+
+    Example:
+        >>> from fastmmu import Cpu
+        >>> Cpu(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00).mode.name
+        'LONG4'
+        >>> Cpu(cr0=0x80010001, cr3=0x1000, cr4=0x1020, efer=0xD00, maxphyaddr=52).mode.name
+        'LONG5'
     """
 
     cr0: int

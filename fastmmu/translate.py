@@ -106,6 +106,16 @@ def translate_many(ram: GuestMemory, cpu: Cpu, gvas: object, access: object = 0)
 
     Raises:
         ValueError: bad arguments. GeneralProtection, a ValueError: CR3 cannot be loaded.
+
+    Example:
+        >>> from fastmmu import USER, Cpu, GuestMemory, translate_many
+        >>> ram = GuestMemory(1 << 20)
+        >>> for gpa, entry in ((0x1000, 0x2067), (0x2000, 0x3067), (0x3000, 0x4067), (0x4008, 0x5065)):
+        ...     ram.words[gpa >> 3] = entry
+        >>> cpu = Cpu(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00)
+        >>> answers = translate_many(ram, cpu, [0x1234, 0x2000], USER)
+        >>> answers.ok.tolist(), [hex(gpa) for gpa in answers.gpa.tolist()], answers.pferr.tolist()
+        ([True, False], ['0x5234', '0x0'], [0, 4])
     """
     mmu = mmu_of(ram, cpu)
     column = checked_column(gvas, checked_gva, "gvas")
@@ -127,6 +137,19 @@ def translate(ram: GuestMemory, cpu: Cpu, gva: int, access: int = 0) -> Translat
     """Translate one guest virtual address; arguments and errors as `translate_many`.
 
     A call costs some microseconds: for more than a few addresses use `translate_many`.
+
+    Example:
+        A page that user code may read, by four levels of tables.
+
+        >>> from fastmmu import USER, WRITE, Cpu, GuestMemory, translate
+        >>> ram = GuestMemory(1 << 20)
+        >>> for gpa, entry in ((0x1000, 0x2067), (0x2000, 0x3067), (0x3000, 0x4067), (0x4008, 0x5065)):
+        ...     ram.words[gpa >> 3] = entry
+        >>> cpu = Cpu(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00)
+        >>> translate(ram, cpu, 0x1234, USER)
+        Translation(ok=True, gpa=21044, level=1, access=5, pferr=0)
+        >>> translate(ram, cpu, 0x1234, USER | WRITE)
+        Translation(ok=False, gpa=0, level=1, access=0, pferr=7)
     """
     many = translate_many(ram, cpu, np.array([checked_gva(gva)], np.uint64), checked_access(access))
     return Translation(*(column[0].item() for column in many))

@@ -32,6 +32,15 @@ class Ept:
 
     Raises:
         ValueError: not an int of 64 bits and an EptCaps; EptpError, a ValueError: the EPTP makes VM entry fail.
+
+    Example:
+        >>> from fastmmu import Ept, EptCaps
+        >>> Ept(0x101E, EptCaps()).eptp  # tables at 0x1000, four levels, write-back
+        4126
+        >>> Ept(0x1006, EptCaps())
+        Traceback (most recent call last):
+        ...
+        fastmmu.ept.EptpError: ...
     """
 
     eptp: int
@@ -50,6 +59,11 @@ class Npt:
 
     Raises:
         ValueError: an nCR3 that is no page-aligned address below 2^52, or anything else that no processor has.
+
+    Example:
+        >>> from fastmmu import Npt
+        >>> Npt(0x1000, levels=5).cpu.mode.name
+        'LONG5'
     """
 
     ncr3: int
@@ -176,6 +190,18 @@ def translate_nested_many(ram: GuestMemory, cpu: Cpu, nested: Ept | Npt, gvas: o
     Raises:
         ValueError: bad arguments. OutsideMemory, a ValueError: a table of EPT, or one of the guest's, lies outside memory; flags
             that were set before stay set. GeneralProtection, a ValueError: CR3 cannot be loaded.
+
+    Example:
+        See `translate_nested`; here for many addresses.
+
+        >>> from fastmmu import Cpu, Ept, EptCaps, GuestMemory, translate_nested_many
+        >>> ram = GuestMemory(1 << 20)
+        >>> for hpa, entry in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4028, 0x9033)):
+        ...     ram.words[hpa >> 3] = entry
+        >>> off = Cpu(cr0=1, cr3=0, cr4=0, efer=0)  # the guest does not page
+        >>> answers = translate_nested_many(ram, off, Ept(0x101E, EptCaps()), [0x5678, 0x6000])
+        >>> answers.ok.tolist(), answers.hpa.tolist(), answers.exit_reason.tolist()
+        ([True, False], [38520, 0], [0, 48])
     """
     if not isinstance(nested, (Ept, Npt)):
         raise ValueError(f"nested: {type(nested).__name__}, expected an Ept or an Npt")
@@ -214,6 +240,21 @@ def translate_nested_many(ram: GuestMemory, cpu: Cpu, nested: Ept | Npt, gvas: o
 
 
 def translate_nested(ram: GuestMemory, cpu: Cpu, nested: Ept | Npt, gva: int, access: int = 0) -> NestedTranslation:
-    """Translate one virtual address of a guest; arguments and errors as `translate_nested_many`."""
+    """Translate one virtual address of a guest; arguments and errors as `translate_nested_many`.
+
+    Example:
+        One large page of the second dimension maps the guest's memory one to one, its tables included.
+
+        >>> from fastmmu import USER, Cpu, GuestMemory, Npt, translate_nested
+        >>> ram = GuestMemory(1 << 20)
+        >>> for hpa, entry in ((0x8000, 0x9067), (0x9000, 0xE7)):  # the host's: a page of 1 GiB
+        ...     ram.words[hpa >> 3] = entry
+        >>> for gpa, entry in ((0x1000, 0x2067), (0x2000, 0x3067), (0x3000, 0x4067), (0x4008, 0x5065)):  # the guest's
+        ...     ram.words[gpa >> 3] = entry
+        >>> cpu = Cpu(cr0=0x80010001, cr3=0x1000, cr4=0x20, efer=0xD00)
+        >>> answer = translate_nested(ram, cpu, Npt(0x8000), 0x1234, USER)
+        >>> answer.ok, hex(answer.gpa), hex(answer.hpa)
+        (True, '0x5234', '0x5234')
+    """
     many = translate_nested_many(ram, cpu, nested, np.array([checked_gva(gva)], np.uint64), checked_access(access))
     return NestedTranslation(*(column[0].item() for column in many))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,6 +32,16 @@ class Workload:
         tables: start content, {gfn: uint64[512]}; every page-table page that the stream changes or reaches is named here.
         events: EVENT rows.
         summary: one sentence.
+
+    Example:
+        A guest without page tables of its own, which reads one device register twice.
+
+        >>> from fastmmu import Cpu, EventList, Workload
+        >>> cpu = Cpu(cr0=1, cr3=0, cr4=0, efer=0)
+        >>> slots = [(0, 1 << 20, "ram"), (0xFE000000, 0xFE001000, "device")]
+        >>> events = EventList().device(0xFE000000, 0).device(0xFE000000, 0)
+        >>> len(Workload("two reads", cpu, slots, {}, events.array()).device_events)
+        2
     """
 
     name: str
@@ -58,7 +68,17 @@ class Outcome:
 
 
 class Vm:
-    """A virtual machine that replays a workload under one strategy of the mmio-cache experiment."""
+    """A virtual machine that replays a workload under one strategy of the mmio-cache experiment.
+
+    Example:
+        >>> from fastmmu import Vm, load_replay
+        >>> from fastmmu.strategy import MMIO_CACHE
+        >>> workload = load_replay("bench/traces/excerpt-replay-linux-boot-long.npz", records=2000)
+        >>> vm = Vm(workload, MMIO_CACHE.strategy("generation"))
+        >>> counters = vm.check().counters
+        >>> counters["records"], counters["wrong"]
+        (2000, 0)
+    """
 
     def __init__(self, workload: Workload, strategy: Strategy) -> None:
         self.workload = workload
@@ -114,10 +134,11 @@ class Vm:
     def _describe(self, event: np.void) -> str:
         access, gva = int(event["access"]), int(event["address"])
         kind = "fetch" if access & int(PFERR.F) else "write" if access & int(PFERR.W) else "read"
-        walk = explain_walk(self.memory, self.workload.cpu, int(self.state.mmu.reg[Reg.CR3]), gva, access)
+        cpu = replace(self.workload.cpu, cr3=int(self.state.mmu.reg[Reg.CR3]))
+        walk = explain_walk(self.memory, cpu, gva, access)
         return (
             f"column gpa, record {int(event['record'])}: {kind} of gva {gva:#x} translates to {walk.answer}, "
-            f"expected gpa {int(event['value']):#x}; walk: {'; '.join(walk.steps)}"
+            f"expected gpa {int(event['value']):#x}; walk: {'; '.join(map(str, walk.steps))}"
         )
 
 

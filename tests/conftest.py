@@ -15,7 +15,7 @@ SHARED = ROOT.parent / "shared"
 CHECKED = os.environ.get("NUMBA_BOUNDSCHECK") == "1"
 JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 MACHINE = [f"test_{name}.py" for name in (
-    "kvm_rules", "validate", "scenarios", "shadow_rules", "streams", "fast_fault", "threads", "commands", "mmu_bench", "lock_scaling",
+    "kvm_rules", "validate", "scenarios", "shadow_rules", "streams", "fast_fault", "threads", "commands", "mmu_bench", "lock_scaling", "examples",
 )]  # fmt: skip
 NESTED_GUESTS = ("test_nested_guest.py", "test_nested_ept.py")
 NESTED_FILES = ("npt1.F]", "npt1.Falias]", "npt1-eagerN.F]", "npt1-tdpN.F]")
@@ -23,6 +23,7 @@ HARNESS = (
     "test_bench.py", "test_mmu_bench.py", "test_lock_scaling.py", "test_mutations.py", "test_report.py", "test_against.py",
     "test_compare.py",
 )  # fmt: skip
+NO_KERNELS = ("test_address_space.py", "test_command_line.py", "test_startup.py")
 SEED = int(os.environ.setdefault("FASTMMU_SEED", str(random.SystemRandom().randrange(1 << 32))))  # workers inherit it
 
 
@@ -47,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if of_nested_guests(item) and JIT and not CHECKED and not item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="in the interpreter, and compiled with bounds checked"))
-        if CHECKED and item.path.name in HARNESS:
+        if CHECKED and item.path.name in HARNESS + NO_KERNELS:
             item.add_marker(pytest.mark.skip(reason="no kernel of its own: run without bounds checked"))
 
 

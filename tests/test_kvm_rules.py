@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmmu.audit import audit, lookup
+from fastmmu.audit import audit
+from fastmmu.audit_rules import lookup
 from fastmmu.audit_state import State
 from fastmmu.bits import CR0, CR4, EFER, EPT_SPTE, MMIO_SPTE, NPT_SPTE
 from fastmmu.events import EventList, Op

@@ -14,6 +14,7 @@ from machines import ACCESSES, PAGES, random_gva, random_machine
 from sizes import sized
 
 import fastmmu
+from fastmmu.__main__ import main
 from fastmmu.paging import Mode
 from fastmmu.reference.walk import Walker
 from fastmmu.trace import TraceError, load_snapshot
@@ -322,7 +323,7 @@ def test_the_translate_command(tmp_path: Path) -> None:
     assert command("translate", path, "123", "--cr3", "2000").returncode == 1
 
 
-def test_the_translate_command_on_nonsense(tmp_path: Path) -> None:
+def test_the_translate_command_on_nonsense(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     good = small_snapshot(tmp_path / "good.npz")
     cases = [
         (("translate", tmp_path / "none.npz", "0"), "No such file"),
@@ -350,8 +351,12 @@ def test_the_translate_command_on_nonsense(tmp_path: Path) -> None:
         (("translate", good, "0", "--cr3", "5000"), "is no page of the snapshot"),
     ]
     for arguments, expected in cases:
-        run = command(*arguments)
-        assert run.returncode == 2, run
-        assert expected in run.stderr and run.stderr.count("\n") == 1 and run.stderr.startswith("error: "), run.stderr
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        told = capsys.readouterr()
+        assert (status, told.out) == (2, ""), arguments
+        assert expected in told.err and told.err.count("\n") == 1 and told.err.startswith("error: "), told.err
     with pytest.raises(TraceError):
         load_snapshot(tmp_path / "none.npz")

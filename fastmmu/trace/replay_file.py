@@ -117,6 +117,12 @@ def load_replay(path: str | Path, records: int | None = None) -> Workload:
 
     Raises:
         TraceError: one line naming the file, the column, the record and what was expected.
+
+    Example:
+        >>> from fastmmu import load_replay
+        >>> workload = load_replay("bench/traces/excerpt-replay-linux-boot-long.npz", records=2000)
+        >>> workload.cpu.mode.name, workload.slots[0]
+        ('LONG4', ...)
     """
     reader = Reader(Path(path), COLUMNS)
     meta = reader.meta()

@@ -32,6 +32,12 @@ def load_snapshot(path: str | Path, *, cr3: int | None = None, maxphyaddr: int =
 
     Raises:
         TraceError: one line naming the file, the column, the record and what was expected.
+
+    Example:
+        >>> from fastmmu import explain, load_snapshot
+        >>> snapshot = load_snapshot("bench/traces/snapshot-linux-boot.npz")
+        >>> print(explain(snapshot.memory, snapshot.cpu, 0xFFFFFFFF81000000).splitlines()[-1])
+        => gpa 0x1000000, in a 2 MiB page; entries grant read, fetch; supervisor only
     """
     reader = Reader(Path(path), ("gfn", "words", "cr0", "cr3", "cr4", "efer"))
     gfns, words = reader.array("gfn"), reader.array("words")
