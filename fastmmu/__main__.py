@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastmmu import commands
+from fastmmu.importers.options import add_trace_command
 from fastmmu.processor import GeneralProtection
 from fastmmu.qualification import ACTS, POLICIES, STRATEGIES
 from fastmmu.races import RACES
@@ -112,6 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     command.set_defaults(run=commands.races_command)
     command.add_argument("names", nargs="*", metavar="NAME", help=f"programs (default: all): {', '.join(RACES)}")
+    add_trace_command(subparsers, number)
     return parser.parse_args(arguments)
 
 
