@@ -7,6 +7,7 @@ from bench import (
     ept_qualification,
     fast_faults,
     faults,
+    import_speed,
     lock_scaling,
     mmio_cache,
     mmio_mmu,
@@ -40,5 +41,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         shadow_faults.EXPERIMENT,
         shadow_caches.EXPERIMENT,
         shadow_memory.EXPERIMENT,
+        import_speed.EXPERIMENT,
     )
 }
