@@ -47,7 +47,8 @@ class CsvReader:
             TraceError: FILE:LINE: what was expected.
         """
         for chunk in self._source.chunks():
-            for number, line in enumerate(chunk.split(b"\n")[:-1], self._source.line):
+            lines = chunk.split(b"\n")[:-1]
+            for number, line in enumerate(lines, self._source.line):
                 text = line.strip()
                 if not text or text[:1] == b"#":
                     self.skipped["comments" if text else "blank lines"] += 1
@@ -55,6 +56,7 @@ class CsvReader:
                     self._head(number, line)
                 else:
                     self._row(number, line)
+            self._source.line += len(lines)
         if not self._names:
             self._source.fail_line(self._source.line, b"", HEADER)
         self._block.flush()

@@ -8,7 +8,7 @@ from fastmmu.importers.csv_text import COLUMNS, NEEDED
 from fastmmu.importers.elf import MAGIC, OTHER_DUMPS
 from fastmmu.importers.tracepoints import BARE, EXPECTED, LONGEST_LINE, PREFIX, SECTION
 
-LACKEY = re.compile(rb"==\d+== | ?[ILSM] +[0-9a-fA-F]+(?:,|\s*$)")
+LACKEY = re.compile(rb"==\d+== | *[ILSM] +[0-9a-fA-F]+(?:,|\s*$)")
 LINES = 1_000
 TRACER = re.compile(rb"# (?:tracer: |\s*TASK|entries-in-buffer)|cpus=\d+$")
 KVM = re.compile(r"(?:kvm|vcpu|fast_page_fault|mark_mmio|check_mmio|handle_mmio)")

@@ -17,11 +17,23 @@ from fastmmu.importers.rows import FETCH, FLAG, READ, WRITE, Rows, make_rows
 from fastmmu.importers.source import Source
 
 NEWLINE, RETURN, SPACE, COMMA = (np.uint8(ord(letter)) for letter in "\n\r ,")
-LETTER_I, LETTER_L, LETTER_S, LETTER_M, LETTER_B = (np.uint8(ord(letter)) for letter in "ILSMB")
-DIGIT_0, DIGIT_9, HEX_A, HEX_F, LOWER_CASE = (np.uint8(ord(letter)) for letter in "09af ")
+LETTER_S, LETTER_B = np.uint8(ord("S")), np.uint8(ord("B"))
+DIGIT_0, DIGIT_9 = np.uint8(ord("0")), np.uint8(ord("9"))
+NO_DIGIT, NO_KIND = 16, 255
 MARKS = tuple(np.uint8(ord(letter)) for letter in "=-*")
+
+
+def table_of(values: dict[str, int], default: int) -> np.ndarray:
+    """A value for each byte: looked up, because branches on what a byte is are taken at random."""
+    table = np.full(256, default, np.uint8)
+    for letters, value in values.items():
+        table[[ord(letter) for letter in letters]] = value
+    return table
+
+
+DIGITS = table_of({f"{value:x}{value:X}": value for value in range(16)}, NO_DIGIT)
+KINDS = table_of({"I": FETCH, "L": READ, "SM": WRITE}, NO_KIND)
 TEN = np.uint64(10)
-LETTERS_FROM = np.uint8(10)
 NIBBLE = np.uint64(4)
 HIGHEST = np.uint64(56)  # bits 63:56 of an address are equal under five levels of tables
 HIGH_ONES = field(7, 0)
@@ -59,17 +71,6 @@ EXPECTED = {
 
 
 @inner(inline=True)
-def digit_of(byte):
-    """Value of a hexadecimal digit; 16 where it is none."""
-    if byte >= DIGIT_0 and byte <= DIGIT_9:
-        return byte - DIGIT_0
-    byte |= LOWER_CASE
-    if byte >= HEX_A and byte <= HEX_F:
-        return byte - HEX_A + LETTERS_FROM
-    return np.uint8(16)
-
-
-@inner(inline=True)
 def canonical(gva):
     """Whether an address can be one under five levels of tables."""
     top = gva >> HIGHEST
@@ -92,26 +93,24 @@ def skipped_as(text, at):
 @inner(inline=True)
 def parse_record(text, at, rows, row):
     """One record that begins at its letter, into row `row`: (what is wrong, where the next line begins)."""
-    letter = text[at]
-    if letter == LETTER_I:
-        kind = FETCH
-    elif letter == LETTER_L:
-        kind = READ
-    elif letter == LETTER_S or letter == LETTER_M:  # noqa: SIM109
-        kind = WRITE
-    else:
+    kind = KINDS[text[at]]
+    if kind == NO_KIND or text[at + 1] != SPACE:
         return Wrong.KIND, at
-    at += 1
-    if text[at] != SPACE:
-        return Wrong.KIND, at
+    at += 2
     while text[at] == SPACE:
         at += 1
+    return parse_access(text, at, kind, rows, row)
+
+
+@inner(inline=True)
+def parse_access(text, at, kind, rows, row):
+    """The rest of a record from its address on: as `parse_record`."""
     gva, begin = ZERO, at
-    digit = digit_of(text[at])
-    while digit < 16:
+    digit = DIGITS[text[at]]
+    while digit != NO_DIGIT:
         gva = gva << NIBBLE | np.uint64(digit)
         at += 1
-        digit = digit_of(text[at])
+        digit = DIGITS[text[at]]
     if at == begin or at - begin > 16 or text[at] != COMMA:
         return Wrong.ADDRESS, at
     at += 1
@@ -127,8 +126,19 @@ def parse_record(text, at, rows, row):
         at += 1
     if text[at] != NEWLINE:
         return Wrong.END, at
-    rows.gva[row], rows.size[row], rows.kind[row] = gva, np.uint16(size), np.uint8(kind)
+    rows.gva[row], rows.size[row], rows.kind[row] = gva, np.uint16(size), kind
     return Wrong.NOTHING, at + 1
+
+
+@inner(inline=True)
+def usual_kind(text, at):
+    """The kind of a line as lackey prints it, `I  ` or ` L `, whose address begins at its fourth byte; NO_KIND for any other."""
+    if at + 3 >= len(text):
+        return np.uint8(NO_KIND)
+    first, second = text[at], text[at + 1]
+    kind = KINDS[first] & KINDS[second]  # one of the two is a space, with all bits set
+    usual = (first == SPACE) ^ (second == SPACE) and text[at + 2] == SPACE and text[at + 3] != SPACE
+    return kind if usual else np.uint8(NO_KIND)
 
 
 @kernel
@@ -138,6 +148,14 @@ def parse_lackey(text, rows, told):
     told[Line.LINE] = 0
     while at < len(text):
         told[Line.AT] = at
+        kind = usual_kind(text, at)
+        if kind != NO_KIND:
+            wrong, at = parse_access(text, at + 3, kind, rows, row)
+            if wrong != Wrong.NOTHING:
+                return wrong
+            row += 1
+            told[Line.LINE] += 1
+            continue
         while text[at] == SPACE:  # the newline at the end of the text stops every search
             at += 1
         which = skipped_as(text, at)
@@ -172,6 +190,7 @@ def read_lackey(source: Source, take: Callable[[Rows, int], object], skipped: di
             line = chunk[told[Line.AT] : chunk.index(b"\n", told[Line.AT])]
             source.fail_line(source.line + int(told[Line.LINE]), line, EXPECTED[wrong])
         take(rows, int(told[Line.ROWS]))
+        source.line += int(told[Line.LINE])
     names = {Line.MESSAGES: "messages of valgrind", Line.SUPERBLOCKS: "superblocks", Line.BLANK: "blank lines"}
     skipped.update({name: int(told[which]) for which, name in names.items() if told[which]})
 

@@ -26,7 +26,7 @@ class Source:
 
     Attributes:
         name: as messages show it.
-        line: number of the first line of the chunk that `chunks` gave last.
+        line: number of the first line of the chunk that `chunks` gives.
         total: bytes of the file, 0 where that is not known.
     """
 
@@ -84,7 +84,7 @@ class Source:
         return kept or self._read(CHUNK)
 
     def chunks(self) -> Iterator[bytes]:
-        """The text in pieces of whole lines, each of which ends in a newline.
+        """The text in pieces of whole lines, each of which ends in a newline. Who takes them adds their number to `line`.
 
         Raises:
             TraceError: a line is longer than any of a trace.
@@ -95,7 +95,6 @@ class Source:
             if end:
                 chunk = rest + data[:end]
                 yield chunk
-                self.line += chunk.count(b"\n")
                 rest = data[end:]
             else:
                 rest += data
@@ -103,7 +102,6 @@ class Source:
                 self.fail_line(self.line, rest, f"a line of at most {LONGEST_LINE:,} bytes")
         if rest:
             yield rest + b"\n"
-            self.line += 1
 
     def _file(self, folder: Path) -> int:
         """Descriptor of the input as a regular file: itself, or its unpacked copy, which has no name, in `folder`."""

@@ -101,7 +101,8 @@ class Tracepoints:
             MATCH.encode(): self._on_match,
         }
         for chunk in self._source.chunks():
-            for number, line in enumerate(chunk.split(b"\n")[:-1], self._source.line):
+            lines = chunk.split(b"\n")[:-1]
+            for number, line in enumerate(lines, self._source.line):
                 task, event, rest = self._split(line, number)
                 handler = handlers.get(event)
                 if handler is None:
@@ -110,6 +111,7 @@ class Tracepoints:
                     self._tasks[task] = Task()
                 if not handler(self._tasks[task], rest):
                     self._source.fail_line(number, line, EXPECTED[event.decode()])
+            self._source.line += len(lines)
         for one in self._tasks.values():
             self._resolve(one)
         self._block.flush()
