@@ -42,6 +42,7 @@ def test_lackey_lines_become_records(tmp_path: Path) -> None:
     assert columns["gpa"].tolist() == [0x100FFC, 0x101000, 0x102000, 0x102008, 0x102010, 0x101003]  # in order of first touch
     assert columns["prot"].tolist() == [1, 1, 7, 7, 7, 1]  # text is read-only, data is not executable
     assert meta(columns)["memslots"] == [[0, 0x103000 + 0x1000 * 6, "ram"]]  # a root, one table of level 3, two branches below
+    assert columns["pt_level"].tolist() == [4, 3, 2, 1, 1, 3, 2, 1]  # a table is linked before what it leads to
     check_tables(columns)
     replays(tmp_path / "out.npz")
 
@@ -70,6 +71,14 @@ def test_consecutive_accesses_are_one_record(tmp_path: Path) -> None:
     assert accesses(columns) == [
         (0x1000, 2, 2), (0x5000, 0, 2), (0x6000, 0, 1), (0x5010, 0, 1), (0x5000, 1, 2), (0x2000, 2, 1), (0x5000, 1, 1),
     ]  # fmt: skip
+
+
+def test_the_second_page_of_an_access_is_where_it_is_mapped(tmp_path: Path) -> None:
+    columns = imported(tmp_path, "gva,kind,gpa,size\n0x2000,r,0x9000,1\n0x1ffc,w,0x5ffc,8\n0x3ffc,w,0x7ffc,8\n")
+    assert columns["gva"].tolist() == [0x2000, 0x1FFC, 0x2000, 0x3FFC, 0x4000]
+    assert columns["gpa"].tolist()[:4] == [0x9000, 0x5FFC, 0x9000, 0x7FFC]
+    assert columns["gpa"][4] >= 0x10000  # nowhere told: a frame above those that are
+    check_tables(columns)
 
 
 def tlb_model(lines: list[tuple[int, int]]) -> list[list[int]]:
@@ -235,6 +244,16 @@ def test_faults_by_gva_go_where_the_trace_says(tmp_path: Path) -> None:
     assert meta(columns)["import"]["skipped"]["kvm_page_fault that the guest got as its own"] == 1
     check_tables(columns)
     assert imported(tmp_path, "\n".join(SHADOW[1:]) + "\n")["gpa"].tolist()[:2] == [0x40000000, 0x40001008]  # told by the codes
+
+
+def test_a_device_page_is_one_from_the_beginning(tmp_path: Path) -> None:
+    """Also for the accesses to it that the trace does not call so, by another gva."""
+    lines = ["# npt0", FAULT.format(0x7000000000, 0x2), "kvm_mmu_spte_requested: gfn d0000 pfn 1 level 1",
+             FAULT.format(0x10000000010, 0x8), MMIO.format("write", 4, 0xD0000010)]  # fmt: skip
+    columns = imported(tmp_path, "\n".join(lines) + "\n")
+    assert columns["gpa"].tolist() == [0xD0000000, 0xD0000010]
+    assert columns["io"].tolist() == [1, 1]
+    replays(tmp_path / "out.npz")
 
 
 def test_the_address_can_be_told(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ CPU_STATE = struct.Struct("<II 144x 240x 5Q")
 CPU_VERSION = 1
 KERNEL_MAP = 0xFFFF_FFFF_8000_0000
 ROOTS = (b"SYMBOL(swapper_pg_dir)", b"SYMBOL(init_top_pgt)")
-VMCORE = re.compile(rb"^(SYMBOL\(\w+\)|NUMBER\(\w+\))=([0-9a-f]{1,16})$", re.MULTILINE)
+VMCORE = re.compile(rb"^(SYMBOL\(\w+\)|NUMBER\(\w+\))=(-?[0-9a-f]{1,16})$", re.MULTILINE)
 
 
 @dataclass
@@ -130,7 +130,7 @@ class ElfReader:
     def _vmcoreinfo(core: Core, text: bytes) -> None:
         """The root of the kernel's own page tables, from the address of `swapper_pg_dir` in the kernel's mapping of itself."""
         found = VMCORE.findall(text)
-        known = {key: int(value, 16 if key in ROOTS else 10) for key, value in found if key in ROOTS or value.isdigit()}
+        known = {key: int(value, 16 if key in ROOTS else 10) for key, value in found if key in ROOTS or value.strip(b"-").isdigit()}
         core.la57 = bool(known.get(b"NUMBER(pgtable_l5_enabled)", 0))
         root = known.get(ROOTS[0]) or known.get(ROOTS[1]) or 0
         if root >= KERNEL_MAP and b"NUMBER(phys_base)" in known:
