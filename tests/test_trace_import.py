@@ -19,6 +19,8 @@ import pytest
 from sizes import sized
 from traces import FAULT, MMIO, accesses, check_tables, imported, meta
 
+from bench import import_speed
+from bench.experiment import CheckError, Context
 from fastmmu import Vm, load_replay
 from fastmmu.__main__ import main
 from fastmmu.importers import collect, source
@@ -470,3 +472,18 @@ def test_the_samples(shared: Path, tmp_path: Path, name: str, options: list[str]
         pytest.skip("not an option of this format, or an hour in the interpreter")
     assert main(["trace", "import", *options, str(sample), str(output)]) == 0
     replays(output)
+
+
+def test_the_import_speed_cells_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_speed, "LINES", 3_000)
+    import_speed.text.cache_clear()
+    context = Context(Path("none"), None)
+    for cell in import_speed.cells(context):
+        checked = import_speed.check(context, cell)
+        timed = import_speed.timed(context, cell)
+        timed.once()
+        assert checked.counters["lines"] == timed.accesses == timed.digest() == checked.expected == 3_000
+    monkeypatch.setattr(import_speed, "loop", lambda path: (0, 2_999))
+    with pytest.raises(CheckError, match="the loop read 2999"):
+        import_speed.check(context, cell)
+    import_speed.text.cache_clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -54,12 +54,20 @@ class Extra:
 
 
 NOTHING_MORE = Extra()
+BYTES = sum(np.dtype(dtype).itemsize for dtype in RECORD_COLUMNS.values())  # of a record
 
 
 def write_replay(
-    file: IO[bytes], collector: Collector, report: Report, *, large: bool, absent: int, extra: Extra = NOTHING_MORE
+    file: IO[bytes],
+    collector: Collector,
+    report: Report,
+    *,
+    large: bool,
+    absent: int,
+    extra: Extra = NOTHING_MORE,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
-    """Write the collected records with page tables made for them; fill in the report.
+    """Write the collected records with page tables made for them; fill in the report, tell of bytes written, and of all.
 
     Raises:
         TraceError: there is no record, or the machine does not fit.
@@ -76,7 +84,8 @@ def write_replay(
     describe(report, layout, mappings)
     with NpzWriter(file) as writer:
         for name, dtype in RECORD_COLUMNS.items():
-            writer.column(name, dtype, collector.spool.length, record_column(name, collector, layout, report))
+            parts = record_column(name, collector, layout, report)
+            writer.column(name, dtype, report.records, told(parts, lambda size: progress(size, report.records * BYTES)))
         for name, column in layout.stores.items():
             writer.array(name, column)
         for name, column in events(layout, extra).items():
@@ -85,6 +94,13 @@ def write_replay(
         writer.array("start_level", np.array([layout.levels], np.uint8))
         writer.array("start_words", np.zeros((1, WORDS_PER_PAGE), np.uint64))
         writer.array("meta", np.array(json.dumps(meta_of(layout, report))))
+
+
+def told(parts: Iterator[np.ndarray], advance: Callable[[int], object]) -> Iterator[np.ndarray]:
+    """The parts of a column, each of which is told of, by its bytes, once it is written."""
+    for part in parts:
+        yield part
+        advance(part.nbytes)
 
 
 def record_column(name: str, collector: Collector, layout: Layout, report: Report) -> Iterator[np.ndarray]:

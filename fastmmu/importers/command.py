@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -81,6 +81,23 @@ def compiling() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+class Bar(Progress):
+    """A progress bar of bytes with rate and time left, on the standard error output if that is a terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        console = Console(stderr=True, highlight=False)
+        super().__init__(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+
+    def begin(self, what: str) -> None:
+        """A part of the work, with a bar of its own."""
+        self.add_task(what, total=None)
+
+    def wrote(self, size: int, total: int) -> None:
+        """So many more bytes of the latest part are done."""
+        self.update(self.task_ids[-1], total=total, advance=size)
+
+
 def import_file(args: argparse.Namespace) -> Report:
     """Import one input.
 
@@ -89,12 +106,10 @@ def import_file(args: argparse.Namespace) -> Report:
     """
     piped = args.file == STANDARD_INPUT
     check_output(args.output, None if piped else Path(args.file))
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True, highlight=False)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("reading", total=None)
-        with Source(args.file, lambda done: bar.update(task, completed=done)) as source:
-            bar.update(task, total=source.total or None)
+    with Bar() as bar:
+        bar.begin("reading")
+        with Source(args.file, lambda done: bar.update(0, completed=done)) as source:
+            bar.update(0, total=source.total or None)
             head = source.look()
             kind = args.format or guess_format(head) or ("raw" if args.cr3 is not None else "")
             if not kind:
@@ -104,9 +119,9 @@ def import_file(args: argparse.Namespace) -> Report:
             if kind in IMAGES:
                 import_image(args, source, report)
             elif kind == "npz":
-                import_npz(args, source, report)
+                import_npz(args, source, report, bar)
             else:
-                import_text(args, source, report, lambda: bar.update(task, description="writing"))
+                import_text(args, source, report, bar)
     return report
 
 
@@ -123,13 +138,15 @@ def check_options(args: argparse.Namespace, kind: str) -> None:
         raise TraceError(f"{args.file}: --max-ptes-none is for --pages 2m")
 
 
-def write(args: argparse.Namespace, collector: Collector, report: Report, extra: Extra = NOTHING_MORE) -> None:
+def write(args: argparse.Namespace, collector: Collector, report: Report, bar: Bar, extra: Extra = NOTHING_MORE) -> None:
     """The second pass."""
+    bar.begin("writing")
+    how = {"large": args.pages == "2m", "absent": args.max_ptes_none or 0, "extra": extra, "progress": bar.wrote}
     with replaced(args.output) as file:
-        write_replay(file, collector, report, large=args.pages == "2m", absent=args.max_ptes_none or 0, extra=extra)
+        write_replay(file, collector, report, **how)
 
 
-def import_text(args: argparse.Namespace, source: Source, report: Report, reading_done: Callable[[], object]) -> None:
+def import_text(args: argparse.Namespace, source: Source, report: Report, bar: Bar) -> None:
     """A trace in lines: read, then written."""
     rule = Rule[(args.merge or "consecutive").upper()]
     with closing(Collector(args.output.parent, rule)) as collector:
@@ -149,11 +166,10 @@ def import_text(args: argparse.Namespace, source: Source, report: Report, readin
             report.details.update(dict(sorted(trace.seen.items())))
         report.lines = source.line - 1
         report.notes.append(MERGED[rule])
-        reading_done()
-        write(args, collector, report)
+        write(args, collector, report, bar)
 
 
-def import_npz(args: argparse.Namespace, source: Source, report: Report) -> None:
+def import_npz(args: argparse.Namespace, source: Source, report: Report, bar: Bar) -> None:
     """A recording: rewritten if it has page tables, else given some."""
     path = source.file_path(args.output.parent)
     with told_as(path, source.name):
@@ -168,7 +184,7 @@ def import_npz(args: argparse.Namespace, source: Source, report: Report) -> None
                 collector.warm()
             extra = read_npz(path, collector.take)
             report.notes.append(NPZ_NOTE)
-            write(args, collector, report, extra)
+            write(args, collector, report, bar, extra)
 
 
 MERGED = {

@@ -44,7 +44,7 @@ def add_trace_command(subparsers: argparse._SubParsersAction, number: Callable[[
         return number(start), number(end)
 
     group = subparsers.add_parser("trace", help="make files for fastmmu of traces and memory images of other tools")
-    commands = group.add_subparsers(dest="trace_command", required=True)
+    commands = group.add_subparsers(dest="trace_command", metavar="COMMAND", required=True)
     command = commands.add_parser(
         "import",
         help="make a replay file of a trace, or a snapshot of a memory image",
