@@ -7,6 +7,8 @@ builds page tables and writes a compressed replay file.
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -80,11 +82,11 @@ def run_import(path: Path, folder: Path, rule: Rule) -> Report:
 
 
 class Work:
-    """A file with the trace, in a folder of its own."""
+    """A file with the trace, in a folder of its own, which is removed when this process ends."""
 
     def __init__(self, cell: Cell) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fastmmu-")
-        self.folder = Path(self._folder.name)
+        self.folder = Path(tempfile.mkdtemp(prefix="fastmmu-"))
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.path = self.folder / "trace.txt"
         self.path.write_bytes(text())
         self.strategy, self.rule = cell.strategy, WORKLOADS[cell.workload]
