@@ -8,6 +8,7 @@ from bench import (
     ept_qualification,
     fast_faults,
     faults,
+    import_speed,
     lock_scaling,
     mmio_cache,
     mmio_mmu,
@@ -46,5 +47,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         shadow_caches.EXPERIMENT,
         shadow_memory.EXPERIMENT,
         startup.EXPERIMENT,
+        import_speed.EXPERIMENT,
     )
 }

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastmmu.importers.options import add_trace_command
 from fastmmu.interrupts import INTERRUPTED
 from fastmmu.output import BAD_INPUT
 from fastmmu.qualification import ACTS, POLICIES, STRATEGIES
@@ -278,7 +279,12 @@ def add_races(commands: Commands) -> None:
     command.add_argument("names", nargs="*", metavar="NAME", help=f"programs (default: all): {', '.join(RACES)}")
 
 
-COMMANDS = (add_translate, add_explain, add_map, add_validate, add_replay, add_qualification, add_races)
+def add_trace(commands: Commands) -> None:
+    """`fastmmu trace import`."""
+    add_trace_command(commands, number, add_command)
+
+
+COMMANDS = (add_translate, add_explain, add_map, add_validate, add_replay, add_trace, add_qualification, add_races)
 
 
 def make_parser() -> Parser:

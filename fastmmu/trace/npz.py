@@ -53,9 +53,12 @@ class Reader:
 
     def _read(self, columns: Any, name: str) -> np.ndarray:
         try:
-            return columns[name]
+            column = columns[name]
         except Exception as error:
             self.fail(f"column {name}: cannot be read ({first_line(error)}); expected an array without pickles")
+        if not isinstance(column, np.ndarray):  # the reader gives the bytes of what has not an array's mark
+            self.fail(f"column {name}: no array, expected one without pickles")
+        return column
 
     def fail(self, message: str) -> NoReturn:
         raise TraceError(" ".join(f"{self.path}: {message}".splitlines()))

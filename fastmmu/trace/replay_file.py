@@ -165,16 +165,25 @@ def load_replay(path: str | Path, records: int | None = None) -> Workload:
     )
 
 
-def _check_records(reader: Reader, record: dict[str, np.ndarray], machine: _Machine) -> None:
-    gva, gpa, io = record["gva"], record["gpa"], record["io"]
-    if not len(gva):
+def check_values(reader: Reader, record: dict[str, np.ndarray]) -> None:
+    """There are records, and their small columns hold what the format knows.
+
+    Raises:
+        TraceError: they do not.
+    """
+    if not len(record["gva"]):
         reader.fail("column gva: no record, expected at least one")
     reader.fail_at("kind", record["kind"] > FETCH, record["kind"], "0 read, 1 write or 2 fetch")
-    reader.fail_at("io", io > 1, io, "0 or 1")
+    reader.fail_at("io", record["io"] > 1, record["io"], "0 or 1")
     reader.fail_at("prot", record["prot"] > 15, record["prot"], "a sum of 1, 2, 4 and 8")
     reader.fail_at("level", (record["level"] < 1) | (record["level"] > 3), record["level"], "1, 2 or 3")
     reader.fail_at("size", record["size"] > LARGEST_ACCESS, record["size"], f"at most {LARGEST_ACCESS}, the log2 of the bytes")
     reader.fail_at("count", record["count"] == 0, record["count"], "at least 1")
+
+
+def _check_records(reader: Reader, record: dict[str, np.ndarray], machine: _Machine) -> None:
+    check_values(reader, record)
+    gva, gpa, io = record["gva"], record["gpa"], record["io"]
     unused = np.uint64(64 - 12 - 9 * machine.levels)
     sign_extended = ((gva << unused).view(np.int64) >> unused.astype(np.int64)).view(np.uint64)
     reader.fail_at("gva", sign_extended != gva, gva, f"a canonical address of {machine.levels}-level paging")
