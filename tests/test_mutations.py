@@ -368,6 +368,8 @@ MUTANTS = (
     Mutant("split: the walk forgets D", "split.py", "granted if dirty else granted & ~ACC.W", "granted", SPLIT),
     Mutant("split: the walk forgets the tables above", "split.py", "    access &= granted if dirty else granted & ~ACC.W\n", "    access &= ACC.ALL if dirty else ~ACC.W\n", SPLIT),
     Mutant("split: the walk forgets CR0.WP", "split.py", "    if writable and access & ACC.W == ZERO and role", "    if False and role", SPLIT),
+    Mutant("split: the walk takes EPT12 for ordinary tables", "split.py", "if role & ROLE.GUEST_MODE != ZERO and vm.word[VmWord.EPT] != ZERO:", "if False:", EPT12),
+    Mutant("split: D of EPT12 wanted where it has none", "split.py", "entry & EPT.D != ZERO or role & ROLE.AD_DISABLED != ZERO", "entry & EPT.D != ZERO", EPT12),
     Mutant("split: X is propagated though it is not there", "split.py", "access = ACC.X if is_executable(word, spte) else ZERO", "access = ACC.X", SPLIT),
     Mutant("split: W is not propagated", "split.py", "    access |= ACC.W if spte & (NPT_SPTE.W | word[VmWord.MMU_WRITABLE]) != ZERO else ZERO\n", "", SPLIT),
     Mutant("split: a fault drops the huge page", "fault.py", "if is_present(old) and vm.word[VmWord.SPLIT_ON_FAULT] != ZERO:", "if False:", SPLIT),

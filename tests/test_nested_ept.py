@@ -21,6 +21,7 @@ from test_nested_guest import (  # noqa: F401 (the tests among them hold with EP
     Nested,
     judged,
     play,
+    play_huge,
     test_a_device_of_the_nested_guest,
     test_a_table_of_the_nested_guest_that_is_not_mapped_is_named_as_one,
     test_an_unmap_takes_both_maps,
@@ -30,6 +31,7 @@ from test_nested_guest import (  # noqa: F401 (the tests among them hold with EP
     test_the_guests_own_fault_stays_inside,
     test_the_root_is_kept_between_runs,
     test_what_follows_the_exit_of_the_nested_guest_is_its_hypervisors,
+    with_strategy,
 )
 
 from fastmmu.audit import audit
@@ -86,6 +88,8 @@ KINDS = {
     "tdp-mmu, no A and D": (NestedPlainEpt, Kvm(**COMMON, ad=False)),
     "shadow, no A and D": (NestedPlainEpt, Kvm(**COMMON, tdp_mmu=False, ad=False)),
 }
+EAGER = {**COMMON, "eager_page_split": True, "nx_huge_pages": True}
+SPLITTING = {"eager": (NestedEpt, Kvm(**EAGER)), "eager, no A and D": (NestedPlainEpt, Kvm(**EAGER, ad=False))}
 
 
 @pytest.fixture(params=list(KINDS))
@@ -102,11 +106,26 @@ def test_every_access_as_two_walks_say(seed: int, kind: str, part: int) -> None:
     play(np.random.default_rng([seed, part]), *KINDS[kind], 150)
 
 
+@pytest.mark.parametrize("kind", list(SPLITTING))
+@pytest.mark.parametrize("part", range(3))
+def test_huge_pages_of_ept12_are_split_whatever_their_rights(seed: int, kind: str, part: int) -> None:
+    guest, kvm = SPLITTING[kind]
+    assert play_huge(np.random.default_rng([seed, 70 + part]), guest, with_strategy(kvm, part), 200)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_many_accesses_as_two_walks_say(seed: int, kind: str) -> None:
     for part in range(100):
         play(np.random.default_rng([seed, 1000 + part]), *KINDS[kind], 600)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", list(SPLITTING))
+def test_huge_pages_of_ept12_are_split_in_many_guests(seed: int, kind: str) -> None:
+    guest, kvm = SPLITTING[kind]
+    for part in range(100):
+        play_huge(np.random.default_rng([seed, 2000 + part]), guest, with_strategy(kvm, part), 600)
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------------

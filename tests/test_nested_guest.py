@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -201,14 +202,19 @@ def step(one: Nested, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("kvm", list(KVMS))
 @pytest.mark.parametrize("part", range(2))
 def test_every_access_as_two_walks_say(seed: int, kvm: str, part: int) -> None:
-    play(np.random.default_rng([seed, part]), Nested, KVMS[kvm], 150)
+    play(np.random.default_rng([seed, part]), Nested, with_strategy(KVMS[kvm], part), 150)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kvm", list(KVMS))
 def test_many_accesses_as_two_walks_say(seed: int, kvm: str) -> None:
     for part in range(100):
-        play(np.random.default_rng([seed, 1000 + part]), Nested, KVMS[kvm], 600)
+        play(np.random.default_rng([seed, 1000 + part]), Nested, with_strategy(KVMS[kvm], part), 600)
+
+
+def with_strategy(kvm: Kvm, part: int) -> Kvm:
+    """The rights of split pages from somewhere else in each part."""
+    return replace(kvm, split_access=("guest-walk", "propagate", "cached")[part % 3])
 
 
 def play(rng: np.random.Generator, kind: type[Nested], kvm: Kvm, steps: int) -> None:
@@ -220,6 +226,36 @@ def play(rng: np.random.Generator, kind: type[Nested], kvm: Kvm, steps: int) -> 
             audit(one.machine, guest_tables=True)
     one.leave()
     audit(one.machine)
+
+
+def play_huge(rng: np.random.Generator, kind: type[Nested], kvm: Kvm, steps: int) -> int:
+    """L2 uses its huge page, whose rights L1 changes, while logging comes and goes: every access as the two walks say, the audit after
+    each change of logging. How many huge pages were split."""
+    one = kind(kvm, host_level=2)
+    entry = NPT + 2 * PAGE_SIZE + 8
+    for _ in range(steps):
+        choice = rng.random()
+        if choice < 0.7:
+            one.enter()
+            judged(one, DATA + PAGE_SIZE * int(rng.integers(512)), int(rng.choice([0, 2, 4, 6, 16, 20])))
+        elif choice < 0.85:
+            one.leave()
+            value = one.random_entry(rng, DATA // PAGE_SIZE) if rng.random() < 0.5 else DATA | one.leaf_rights
+            one.run(Op.WRITE, access=2, address=entry, size=8, value=value | int(GPTE64.PS))
+            one.stale = True
+        elif choice < 0.95:
+            one.run(Op.SLOT_FLAGS, address=1, value=0 if one.machine.slots[1].flags & LOG else LOG)
+            audit(one.machine, guest_tables=True)
+        elif one.machine.slots[1].flags & LOG:
+            one.run(Op.DIRTY_GET, address=1)
+    one.leave()
+    audit(one.machine)
+    return one.count("splits")
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_huge_pages_are_split_whatever_their_rights(seed: int, part: int) -> None:
+    assert play_huge(np.random.default_rng([seed, 70 + part]), Nested, with_strategy(KVMS["eager"], part), 200)
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------------
@@ -369,8 +405,9 @@ def huge(*, rights: int = FULL, **kvm: bool | int) -> Nested:
     return one
 
 
-def test_logging_splits_a_nested_guests_huge_page_at_once() -> None:
-    one = huge()
+@pytest.mark.parametrize("strategy", ["cached", "guest-walk", "propagate"])
+def test_logging_splits_a_nested_guests_huge_page_at_once(strategy: str) -> None:
+    one = huge(split_access=strategy)
     before = one.machine.counters()
     one.run(Op.SLOT_FLAGS, address=1, value=LOG)
     moved = one.changed(before)
@@ -381,6 +418,25 @@ def test_logging_splits_a_nested_guests_huge_page_at_once() -> None:
     assert one.changed(before) == {"pf_taken": 1, "pf_fixed": 1, "exits_no_irq": 1}  # a write-protection fault, and no more
     one.run(Op.DIRTY_GET, address=1)
     assert np.flatnonzero(one.machine.report(1)).tolist() == [7]
+
+
+@pytest.mark.parametrize("strategy", ["cached", "guest-walk", "propagate"])
+@pytest.mark.parametrize("rights", [FULL, FULL & ~int(GPTE64.W), FULL & ~int(GPTE64.D)], ids=["all", "no W", "no D"])
+def test_split_pages_of_a_nested_guest_under_nx_huge_pages(strategy: str, rights: int) -> None:
+    """Facts 8.4, 8.5: a page may be executed at once, or its table gives way to another one first. What the hypervisor's entry grants
+    is the role's access; without D no writing."""
+    one = huge(rights=rights, nx_huge_pages=True, split_access=strategy)
+    one.run(Op.SLOT_FLAGS, address=1, value=LOG)
+    audit(one.machine)
+    before = one.machine.counters()
+    judged(one, DATA + 9 * PAGE_SIZE, 16)
+    moved = one.changed(before)
+    if strategy == "propagate":
+        assert moved["mmu_cache_miss"] == 1 and moved["remote_tlb_flush_requests"] == 1 and moved["pf_fixed"] == 1
+    else:
+        assert "pf_taken" not in moved
+    audit(one.machine)
+    assert (one.count("split_reads") == 1) == (strategy == "guest-walk")
 
 
 @pytest.mark.parametrize("kvm", [{"eager_page_split": False}, {"tdp_mmu": False}], ids=str)
