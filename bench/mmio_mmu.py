@@ -95,7 +95,8 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
             rows.append((strategy, *timing, *counts(counters, *SHOWN)))
         devices = counters_of(next(iter(next(iter(strategies.values())).values())))["accesses"]
         note = (
-            f"{devices:,} device accesses, TDP MMU{', EPT' if workload.endswith(EPT) else ''}, TLB of 256 sets by 4 ways. Timed is KVM's part, from the exit to the decision "
+            f"{devices:,} device accesses, TDP MMU{', EPT' if workload.endswith(EPT) else ''}, TLB of 256 sets by 4 ways. Timed is "
+            "KVM's part, from the exit to the decision "
             "to emulate; the exit itself, the emulator and the processor's walk are the same for all. Without MMIO sptes the fault "
             "does not say that it is one of a device, and the cache is not asked."
         )
