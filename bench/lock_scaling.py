@@ -244,8 +244,9 @@ def tables(suite: dict[str, pyperf.Benchmark]) -> list[Table]:
     )
     split_note = (
         "The same with huge pages split before; nothing is fitted to these rows. On a direct map with page-modification "
-        "logging, as those machines had it, no write faults: ours is the time of the bare accesses, measured here. Elsewhere every "
-        "write to a page faults under the lock, and reads fault no more."
+        "logging, as those machines had it, no write faults: ours is the time of the bare accesses, measured here, without what "
+        "the processor's log costs: D to be set, and an exit for each 512 pages. Elsewhere every write to a page faults under the "
+        "lock, and reads fault no more."
     )
     head = ("series / vCPUs", "ratio, each waiter", "ratio, any waiter", "s, each waiter", "s, any waiter", "s, published")
     told = ("series", "ns of a fault, measured", "ns outside, fitted", "ns of a hand-over, fitted", "ns of a read", "ns of a write")
