@@ -120,6 +120,23 @@ def test_many_accesses_as_two_walks_say(seed: int, kind: str) -> None:
         play(np.random.default_rng([seed, 1000 + part]), *KINDS[kind], 600)
 
 
+@pytest.mark.parametrize("kind", list(SPLITTING))
+@pytest.mark.parametrize("strategy", ["cached", "guest-walk", "propagate"])
+def test_a_write_to_a_split_page_of_ept12_is_one_fault(kind: str, strategy: str) -> None:
+    """What EPT12 grants is the table's access: also where its entries have no D that could be clear. But propagated rights lack X."""
+    guest, kvm = SPLITTING[kind]
+    one = guest(replace(kvm, split_access=strategy), host_level=2)
+    one.machine.memory.words[(NPT + 2 * PAGE_SIZE) // 8 + 1] = DATA | one.leaf_rights | int(EPT.PS)
+    one.enter()
+    judged(one, DATA, 0)
+    one.run(Op.SLOT_FLAGS, address=1, value=1)
+    before = one.machine.counters()
+    assert one.count("splits") == 1
+    judged(one, DATA + 9 * PAGE_SIZE, 2)
+    moved = one.changed(before)
+    assert moved["pf_taken"] == 1 and moved.get("mmu_cache_miss", 0) == (strategy == "propagate")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", list(SPLITTING))
 def test_huge_pages_of_ept12_are_split_in_many_guests(seed: int, kind: str) -> None:
