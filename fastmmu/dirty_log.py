@@ -7,7 +7,14 @@ import numpy as np
 from fastmmu._jit import exchange, fetch_and, inner
 from fastmmu.bits import NPT_SPTE, ONE, ZERO
 from fastmmu.exits import drain_pml
-from fastmmu.lock import lock_for_reading, lock_for_writing, unlock_for_reading, unlock_for_writing
+from fastmmu.lock import (
+    is_contended,
+    lock_for_reading,
+    lock_for_writing,
+    unlock_for_reading,
+    unlock_for_writing,
+    yield_lock,
+)
 from fastmmu.machine_state import VmWord
 from fastmmu.memslot import WORD_BITS, max_mapping_level
 from fastmmu.pool import DIRECT, NONE, flush_remote, reclaim
@@ -36,68 +43,64 @@ def word_of_pages(slot, i):
 
 
 @inner
-def clear_slot_bits(vm, stat, slot, min_level, bits):
-    """Clear bits in every leaf of the slot from `min_level` up."""
-    first, end = slot["base"], slot["base"] + slot["pages"]
-    if vm.word[VmWord.TDP_MMU] != ZERO:
-        clear_bits(vm, stat, first, end, min_level, bits)
-    if not has_rmaps(vm.word):
-        return
-    level = min_level
-    while level <= MAX_HUGE_LEVEL:
-        gfn = frame_at(first, level)
-        while gfn < end:
-            clear_rmap_bits(vm, stat, slot, max(gfn, first), level, bits)
-            gfn += pages_at(level)
-        level += ONE
+def splits_eagerly(word):
+    """Whether KVM splits huge pages eagerly: without the TDP MMU never (facts 8.1), but for the policy of the patches' first
+    versions."""
+    return word[VmWord.EAGER_PAGE_SPLIT] != ZERO and word[VmWord.TDP_MMU] | word[VmWord.SPLIT_SHADOW_PAGES] != ZERO
 
 
 @inner
 def split_eagerly(vm, stat, slot, start, end):
-    """Split the huge pages of [start, end) if KVM does it eagerly, which without the TDP MMU it never does (facts 8.1); but for the
-    policy of the first versions of the patches."""
-    if vm.word[VmWord.EAGER_PAGE_SPLIT] == ZERO or vm.word[VmWord.TDP_MMU] | vm.word[VmWord.SPLIT_SHADOW_PAGES] == ZERO:
+    """Split the huge pages of [start, end), if KVM does it. Needs the mmu lock for writing."""
+    if not splits_eagerly(vm.word):
         return
     if has_rmaps(vm.word):
         split_shadow_range(vm, stat, slot, start, end)
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        split_range(vm, stat, start, end)
+        split_range(vm, stat, start, end, False)
+
+
+@inner
+def clear_slot_rmaps(vm, stat, slot, min_level, max_level, bits):
+    """Clear bits in every leaf of shadow pages, of these levels, that maps memory of the slot. Needs the mmu lock for writing, and
+    drops it where somebody waits."""
+    base, end = slot["base"], slot["base"] + slot["pages"]
+    for level in range(min_level, max_level + ONE):
+        gfn = frame_at(base, level)
+        while gfn < end:
+            if is_contended(vm.word):
+                yield_lock(vm.word, stat, False)
+            clear_rmap_bits(vm, stat, slot, max(gfn, base), level, bits)
+            gfn += pages_at(level)
 
 
 @inner
 def start(vm, stat, slot):
-    """The slot begins to log (facts 7.1)."""
+    """The slot begins to log: first the shadow pages, under the mmu lock for writing, then the TDP MMU, where faults go on
+    meanwhile (facts 7.1, 8.1). With page-modification logging D is cleared instead of W: in shadow pages of 4 KiB leaves, in the
+    TDP MMU of all; huge pages are write-protected."""
     if vm.word[VmWord.INITIALLY_SET] != ZERO:
         return  # every page counts as dirty: nothing to protect until it is cleared
-    shared = not has_rmaps(vm.word)  # the TDP MMU lets faults go on meanwhile
-    if shared:
-        lock_for_reading(vm.word, stat)
-    else:
+    base, end = slot["base"], slot["base"] + slot["pages"]
+    logged = vm.word[VmWord.PML] != ZERO
+    lowest = TWO_MIB_LEVEL if logged else ONE
+    if has_rmaps(vm.word):
         lock_for_writing(vm.word, stat)
-    split_eagerly(vm, stat, slot, slot["base"], slot["base"] + slot["pages"])
-    if vm.word[VmWord.PML] != ZERO:
-        # shadow pages are looked at on 4 KiB leaves only, the TDP MMU's on every level
-        clear_logged_dirty(vm, stat, slot)
-        clear_slot_bits(vm, stat, slot, TWO_MIB_LEVEL, W)
-    else:
-        clear_slot_bits(vm, stat, slot, ONE, W)
-    if shared:
-        unlock_for_reading(vm.word, stat)
-    else:
+        if splits_eagerly(vm.word):
+            split_shadow_range(vm, stat, slot, base, end)
+        if logged:
+            clear_slot_rmaps(vm, stat, slot, ONE, ONE, vm.word[VmWord.DIRTY])
+        clear_slot_rmaps(vm, stat, slot, lowest, MAX_HUGE_LEVEL, W)
         unlock_for_writing(vm.word, stat)
-    flush_remote(vm.word, stat)
-
-
-@inner
-def clear_logged_dirty(vm, stat, slot):
-    """Clear D, so that page-modification logging notes the next write."""
-    first, end = slot["base"], slot["base"] + slot["pages"]
     if vm.word[VmWord.TDP_MMU] != ZERO:
-        clear_bits(vm, stat, first, end, ONE, vm.word[VmWord.DIRTY])
-    if not has_rmaps(vm.word):
-        return
-    for gfn in range(first, end):
-        clear_rmap_bits(vm, stat, slot, gfn, ONE, vm.word[VmWord.DIRTY])
+        lock_for_reading(vm.word, stat)
+        if splits_eagerly(vm.word):
+            split_range(vm, stat, base, end, True)
+        if logged:
+            clear_bits(vm, stat, base, end, ONE, vm.word[VmWord.DIRTY])
+        clear_bits(vm, stat, base, end, lowest, W)
+        unlock_for_reading(vm.word, stat)
+    flush_remote(vm.word, stat)
 
 
 @inner
@@ -148,8 +151,8 @@ def zap_collapsible_tables(vm, stat, slot):
     root = vm.word[VmWord.TDP_ROOT]
     if root == ZERO:
         return
-    first, end = slot["base"], slot["base"] + slot["pages"]
-    gfn = first
+    base, end = slot["base"], slot["base"] + slot["pages"]
+    gfn = base
     while gfn < end:
         level, table = vm.word[VmWord.ROOT_LEVEL], root
         while True:
@@ -157,7 +160,7 @@ def zap_collapsible_tables(vm, stat, slot):
             spte = vm.spt[index]
             if not is_table(spte, level):
                 break
-            if level <= MAX_HUGE_LEVEL and frame_at(gfn, level) >= first:
+            if level <= MAX_HUGE_LEVEL and frame_at(gfn, level) >= base:
                 if max_mapping_level(vm, slot, frame_at(gfn, level), vm.word[VmWord.MAX_LEVEL]) >= level:
                     set_spte(vm, stat, index, level, ZERO)
                     flush_remote(vm.word, stat)
@@ -215,11 +218,11 @@ def protect_again(vm, stat, slot, i, mask):
     """The pages of `mask`, in word `i` of the bitmap, were reported: log their next write (facts 7.4)."""
     base = slot["base"] + (np.uint64(i) << WORD_BITS)
     if vm.word[VmWord.INITIALLY_SET] != ZERO:
-        first, last = base + lowest_bit(mask), base + highest_bit(mask)
-        split_eagerly(vm, stat, slot, first, last)
-        protect_huge(vm, stat, slot, first)
-        if round_up(first) != round_up(last):
-            protect_huge(vm, stat, slot, last)
+        lowest, highest = base + lowest_bit(mask), base + highest_bit(mask)
+        split_eagerly(vm, stat, slot, lowest, highest)
+        protect_huge(vm, stat, slot, lowest)
+        if round_up(lowest) != round_up(highest):
+            protect_huge(vm, stat, slot, highest)
     bits = vm.word[VmWord.DIRTY] if vm.word[VmWord.PML] != ZERO else W
     if vm.word[VmWord.TDP_MMU] != ZERO:
         clear_bits_of_mask(vm, stat, base, mask, bits)

@@ -227,14 +227,10 @@ def make_child(vm, vcpu, index, level, gfn, nx_split, old):
     takes its place maps them all (facts 5.4b).
     """
     if is_present(old) and vm.word[VmWord.SPLIT_ON_FAULT] != ZERO:
-        if not split_huge_page(vm, vcpu.stat, index, level):
-            return NO_TABLE
-        spte = load(vm.spt, index)
-        if not is_table(spte, level):
-            return LOST
-        if nx_split:
-            count_nx_split(vm, vcpu.stat, pfn_of(spte))
-        return pfn_of(spte)
+        table = split_huge_page(vm, vcpu.stat, index, level, old)
+        if nx_split and table != NO_TABLE and table != LOST:
+            count_nx_split(vm, vcpu.stat, table)
+        return table
     if is_present(old):
         if not zap_huge(vm, vcpu.stat, index, level, old):
             return LOST

@@ -44,13 +44,24 @@ def taken(word, stat, asked):
 @inner
 def lock_for_reading(word, stat):
     """Wait until no writer has the lock."""
-    asked, pauses = now(word), 1
+    asked = now(word)
+    seen = load(word, LOCK)
+    if seen & WRITER != ZERO or cmpxchg(word, LOCK, seen, seen + ONE) != seen:
+        wait_for_reading(word)
+    taken(word, stat, asked)
+
+
+@inner
+def wait_for_reading(word):
+    """The same, once a writer has it, or another reader was faster."""
+    fetch_add(word, WAITERS, ONE)
+    pauses = 1
     while True:
         seen = load(word, LOCK)
         if seen & WRITER == ZERO and cmpxchg(word, LOCK, seen, seen + ONE) == seen:
             break
         pauses = back_off(pauses)
-    taken(word, stat, asked)
+    fetch_sub(word, WAITERS, ONE)
 
 
 @inner
@@ -88,19 +99,26 @@ def unlock_for_writing(word, stat):
 
 @inner
 def is_contended(word):
-    """Whether somebody waits for the lock to write."""
+    """Whether somebody waits for the lock."""
     return load(word, WAITERS) != ZERO
 
 
 @inner
-def yield_lock(word, stat):
-    """Drop the lock, which is held for writing, and take it again after who waits for it now: KVM's is handed on in turn."""
-    unlock_for_writing(word, stat)
+def yield_lock(word, stat, reading):
+    """Drop the lock, which is held for `reading` or for writing, and take it again after who waits for it now: KVM's is handed on
+    in turn."""
+    if reading:
+        unlock_for_reading(word, stat)
+    else:
+        unlock_for_writing(word, stat)
     for _ in range(MOST_YIELDS):
         if not is_contended(word) or load(word, LOCK) != ZERO:
             break
         pause()
-    lock_for_writing(word, stat)
+    if reading:
+        lock_for_reading(word, stat)
+    else:
+        lock_for_writing(word, stat)
 
 
 @inner

@@ -253,7 +253,7 @@ def clear_rmap_bits(vm, stat, slot, gfn, level, bits):
 
 @inner
 def age_list(vm, at):
-    """The same for every leaf of the list in word `at` of `slot_words`."""
+    """Mark every leaf of the list in word `at` of `slot_words` as not used; whether one was."""
     young = False
     cursor = first(vm.slot_words[at])
     while cursor != ZERO:

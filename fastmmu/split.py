@@ -31,7 +31,17 @@ from fastmmu.rmap import (
     rmap_index,
 )
 from fastmmu.shadow import MIN_FREE_PAGES, child_role, find_or_make, role_of
-from fastmmu.spte import INDEX_BITS, frame_at, is_last, is_present, make_split_child, make_table, pages_at
+from fastmmu.spte import (
+    INDEX_BITS,
+    frame_at,
+    is_access_tracked,
+    is_last,
+    is_present,
+    make_split_child,
+    make_table,
+    pages_at,
+    restore_access,
+)
 from fastmmu.unsync import mark_link
 from fastmmu.walk import access_of
 
@@ -82,6 +92,7 @@ def walked_access(vm, stat, index):
 def propagated_access(vm, index):
     """What the huge spte itself allows: less than the guest where KVM has a policy of its own, NX huge pages above all."""
     word, spte = vm.word, vm.spt[index]
+    spte = restore_access(spte) if is_access_tracked(word, spte) else spte
     access = ACC.X if is_executable(word, spte) else ZERO
     access |= ACC.W if spte & (NPT_SPTE.W | word[VmWord.MMU_WRITABLE]) != ZERO else ZERO
     return access | (ACC.U if spte & word[VmWord.USER] != ZERO else ZERO)
@@ -89,7 +100,8 @@ def propagated_access(vm, index):
 
 @inner
 def split_access(vm, stat, index):
-    """The guest's rights to the page of the huge spte at `index`, by the VM's strategy. A direct map knows: all of them."""
+    """The guest's rights to the page of the huge spte at `index`, by the VM's strategy. The direct map of two-dimensional paging
+    knows: all of them."""
     which, role = vm.word[VmWord.SPLIT_ACCESS], role_of(vm, index)
     if which == GUEST_WALK:
         return walked_access(vm, stat, index)
@@ -183,7 +195,7 @@ def split_list(vm, stat, slot, at):
         if not has_quota(vm.word) or not split_shadow_page(vm, stat, slot, at_cursor(vm, cursor)):
             return
         if stat[Counter.MMU_CACHE_MISS] != made or is_contended(vm.word):
-            yield_lock(vm.word, stat)
+            yield_lock(vm.word, stat, False)
         cursor = first(vm.slot_words[at])  # the list has changed
 
 

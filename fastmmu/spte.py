@@ -184,13 +184,23 @@ def make_leaf(word, pfn, level, access, old, host_writable, prefetch):
 
 
 @inner
+def make_executable(word, spte):
+    """A leaf that may be executed; one that is access-tracked stays so (facts 8.2)."""
+    tracked = is_access_tracked(word, spte)
+    if tracked:
+        spte = restore_access(spte)
+    spte = (spte & ~word[VmWord.NO_EXECUTE]) | word[VmWord.EXECUTE]
+    return mark_old(word, spte) if tracked else spte
+
+
+@inner
 def make_split_child(word, huge, child_level, index, access):
     """Entry `index` of the table that replaces a huge spte of a page with these rights: it in smaller pieces (facts 8.2, 8.7)."""
     spte = huge + (index * pages_at(child_level) << PAGE_SHIFT)
     if child_level == ONE:
         spte &= ~NPT_SPTE.PS
         if access & ACC.X != ZERO and word[VmWord.NX_HUGE_PAGES] != ZERO:  # only as a huge page it may not be executable
-            spte = (spte & ~word[VmWord.NO_EXECUTE]) | word[VmWord.EXECUTE]
+            spte = make_executable(word, spte)
     return spte
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from fastmmu import guards
 from fastmmu._jit import cmpxchg, exchange, fetch_and, inner, load, pause, store
-from fastmmu.bits import ACC, FROZEN, ONE, ZERO
+from fastmmu.bits import ACC, FROZEN, ONE, PAGE_SHIFT, ZERO
+from fastmmu.lock import is_contended, yield_lock
 from fastmmu.machine_state import TABLE_WORDS, Counter, VmWord
 from fastmmu.pool import (
     INVALID,
@@ -218,44 +219,48 @@ def clear_bits_of_mask(vm, stat, base, mask, bits):
 
 
 @inner
-def split_huge_page(vm, stat, index, level):
-    """Replace a huge leaf by a table of 512 that map the same; nothing needs a flush (facts 8.7). False without a free table. If
-    the leaf changes meanwhile, it stays: the caller looks at it again."""
-    huge = load(vm.spt, index)
+def split_huge_page(vm, stat, index, level, huge):
+    """Replace a huge leaf, which is `huge`, by a table of 512 that map the same; nothing needs a flush (facts 8.7). The table,
+    NO_TABLE without a free one, or LOST if the entry is another one by now."""
     below = level - ONE
     gfn = pfn_of(huge)  # memory of the host is where the guest's is, in this model
     table = allocate(vm, gfn, below)
     if table == NO_TABLE:
-        return False
+        return NO_TABLE
+    child, step = make_split_child(vm.word, huge, below, ZERO, ACC.ALL), pages_at(below) << PAGE_SHIFT
     for i in range(TABLE_SIZE):
-        vm.spt[table * TABLE_SIZE + i] = make_split_child(vm.word, huge, below, i, ACC.ALL)
+        vm.spt[table * TABLE_SIZE + i] = child + i * step
     vm.page[table]["parents"] = index
     if not guards.SPLIT_EXCHANGE:
         store(vm.spt, index, make_table(vm.word, table))
     elif cmpxchg(vm.spt, index, huge, make_table(vm.word, table)) != huge:
+        count(stat, Counter.EXCHANGE_FAILED)
         release(vm, table)
-        return True
+        return LOST
     count_leaf(stat, level, -1)
     count_leaf(stat, below, TABLE_WORDS)
     count(stat, Counter.SPLITS)
-    return True
+    return table
 
 
 @inner
-def split_range(vm, stat, start, end):
+def split_range(vm, stat, start, end, reading):
     """Split every huge leaf that begins before `end` and reaches beyond `start` down to 4 KiB, eagerly (facts 8.7); stops where no
-    table is free."""
+    table is free. The mmu lock is held, for `reading` or for writing, and dropped where somebody waits."""
     if vm.word[VmWord.TDP_ROOT] == NO_TABLE:
         return
     gfn = start
     while True:
+        if is_contended(vm.word):
+            yield_lock(vm.word, stat, reading)
         index, level = lowest_under_root(vm, gfn)
         if frame_at(gfn, level) >= end:
             return
-        if is_present(vm.spt[index]) and level > ONE:
-            if not split_huge_page(vm, stat, index, level):
+        spte = load(vm.spt, index)
+        if level > ONE and is_leaf(spte, level):
+            if split_huge_page(vm, stat, index, level, spte) == NO_TABLE:
                 return
-        else:
+        elif not is_table(spte, level):
             gfn = frame_at(gfn, level) + pages_at(level)
 
 

@@ -233,6 +233,11 @@ def play_huge(rng: np.random.Generator, kind: type[Nested], kvm: Kvm, steps: int
     each change of logging. How many huge pages were split."""
     one = kind(kvm, host_level=2)
     entry = NPT + 2 * PAGE_SIZE + 8
+    one.machine.memory.words[entry // 8] = DATA | one.leaf_rights | int(GPTE64.PS)
+    one.enter()
+    judged(one, DATA, 0)
+    one.run(Op.SLOT_FLAGS, address=1, value=LOG)
+    audit(one.machine, guest_tables=True)
     for _ in range(steps):
         choice = rng.random()
         if choice < 0.7:

@@ -18,15 +18,19 @@ from bench import split_latency
 from fastmmu._jit import JIT
 from fastmmu.audit import audit
 from fastmmu.audit_state import AuditError
-from fastmmu.bits import NPT_SPTE, PFERR
+from fastmmu.bits import CR0, NPT_SPTE, PFERR
 from fastmmu.events import EventList, Op
+from fastmmu.kvm import Kvm
+from fastmmu.lock import is_contended, lock_for_writing, yield_lock
 from fastmmu.machine import Machine
-from fastmmu.machine_state import VcpuWord, VmWord
+from fastmmu.machine_state import STAT_WORDS, Counter, VcpuWord, VmWord
+from fastmmu.paging import Cpu
 from fastmmu.spte import INDEX_BITS
 from fastmmu.trace.scenario import load_scenario
 from fastmmu.validate import Replay
 
 LAZY = "lazy"
+OFF = Cpu(cr0=int(CR0.PE), cr3=0, cr4=0, efer=0)
 ACCESSES = (int(PFERR.W), int(PFERR.F), 0)
 
 
@@ -52,6 +56,37 @@ def test_random_scenarios_come_out_the_same(seed: int, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_many_random_scenarios_come_out_the_same(seed: int, tmp_path: Path) -> None:
     check_random(seed + 1_000_000, sized(1000, 40), tmp_path, random_split_scenario)
+
+
+def test_an_aged_huge_page_is_split_into_aged_pages() -> None:
+    """Facts 8.2: the pieces of an access-tracked page are, too; what NX huge pages took of it they get back in its hidden bits."""
+    for nx in (False, True):
+        machine = Machine(Kvm(ept=True, ad=False, nx_huge_pages=nx), OFF, memory=1 << 22)
+        machine.run(EventList().add(Op.SLOT_CREATE, value=machine.prepare_slot(0, 0, 1 << 22, host_level=2)).array())
+        machine.run(EventList().add(Op.ACCESS, access=int(PFERR.W), address=0).add(Op.AGE, address=0, value=1 << 21).array())
+        machine.run(EventList().add(Op.SLOT_FLAGS, address=0, value=1).array())
+        assert machine.counters()["splits"] == 1
+        audit(machine)
+        before = machine.counters()
+        machine.run(EventList().add(Op.ACCESS, access=int(PFERR.F), address=0x5000).add(Op.ACCESS, access=2, address=0x6000).array())
+        moved = {name: value - before[name] for name, value in machine.counters().items() if value != before[name]}
+        assert moved["pf_fast"] == moved["pf_fixed"] == 2  # each is restored by the fast path, with X and W
+        audit(machine)
+
+
+def test_who_waits_for_the_lock_is_let_in() -> None:
+    """Between two splits: the lock is dropped after each that took a table, and where somebody waits (facts 8.2)."""
+    machine = Machine(Kvm(), OFF, memory=1 << 24)
+    word, stat = machine.vm.word, np.zeros(STAT_WORDS, np.int64)
+    assert not is_contended(word)
+    lock_for_writing(word, stat)
+    yield_lock(word, stat, False)
+    assert stat[Counter.LOCK_TAKEN] == 2 and word[VmWord.MMU_LOCK] != 0
+    word[VmWord.LOCK_WAITERS] += np.uint64(1)
+    assert is_contended(word)
+    yield_lock(word, stat, False)
+    word[VmWord.LOCK_WAITERS] -= np.uint64(1)
+    assert stat[Counter.LOCK_TAKEN] == 3 and word[VmWord.MMU_LOCK] != 0
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------------

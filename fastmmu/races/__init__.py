@@ -3,5 +3,5 @@
 It needs the interpreter: `fastmmu races` starts itself without the JIT.
 """
 
-RACES = ("aba", "tlb-flush", "dirty-bit", "log-clear", "zap", "split", "frozen", "accessed", "three")
+RACES = ("aba", "tlb-flush", "dirty-bit", "log-clear", "zap", "split", "frozen", "split-twice", "accessed", "three")
 """Names of the programs, in the order in which they run: those of the mail of 2012 first."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastmmu import dirty_log
-from fastmmu._jit import store
+from fastmmu._jit import load, store
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, NPT_SPTE, PAGE_SHIFT, PAGE_SIZE, PFERR
 from fastmmu.descent import root_for
 from fastmmu.events import EventList, Op
@@ -177,11 +177,11 @@ def logged_and_written() -> Stage:
     return ready(machine, int(PAGE) >> 12)
 
 
-def huge(*, logs: bool) -> Callable[[], Stage]:
-    """A huge page that was read only; with `logs` its memslot logs."""
+def huge(*, logs: bool, on_fault: bool = False) -> Callable[[], Stage]:
+    """A huge page that was read only; with `logs` its memslot logs; `on_fault`: faults split it, else they drop it."""
 
     def stage() -> Stage:
-        machine = machine_of(Kvm(eager_page_split=False, tlb=TLB), pages=1024, host_level=2)
+        machine = machine_of(Kvm(eager_page_split=False, split_on_fault=on_fault, tlb=TLB), pages=1024, host_level=2)
         run(machine, (Op.ACCESS, {"address": int(PAGE)}))
         if logs:
             run(machine, (Op.SLOT_FLAGS, {"value": int(SlotFlag.LOG_DIRTY_PAGES)}))
@@ -248,7 +248,8 @@ def shadower(stage: Stage, vm: KvmState) -> None:
 def splitter(stage: Stage, vm: KvmState) -> None:
     """A huge page is split eagerly, under the lock for reading."""
     lock_for_reading(vm.word, stage.stat)
-    split_huge_page(vm, stage.stat, leaf_of(stage.machine, PAGE), np.uint64(2))
+    index = leaf_of(stage.machine, PAGE)
+    split_huge_page(vm, stage.stat, index, np.uint64(2), load(vm.spt, index))
     unlock_for_reading(vm.word, stage.stat)
 
 
@@ -384,6 +385,14 @@ PROGRAMS: dict[str, Program] = {
                 ("vCPU 1: write fault", faulter(1, OTHER, WRITE_FAULT | PFERR.GUEST_FINAL)),
             ),
             huge(logs=True), check_tables,
+        ),
+        Program(
+            "split-twice", "two vCPUs split one huge page in their faults: is a table lost, or taken for a page?", "SPLIT_EXCHANGE",
+            (
+                ("vCPU 0: write fault", faulter(0, PAGE, WRITE_FAULT | PFERR.GUEST_FINAL)),
+                ("vCPU 1: write fault", faulter(1, OTHER, WRITE_FAULT | PFERR.GUEST_FINAL)),
+            ),
+            huge(logs=True, on_fault=True), check_tables,
         ),
         Program(
             "accessed", "KVM's walk sets A and D while the guest stores another entry: is the store lost?", "GPTE_EXCHANGE",
