@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyperf
 import pytest
+from conftest import ROOT
 from test_replay_file import meta, save, small_columns
 
 from bench import __main__ as command
@@ -298,3 +300,18 @@ def test_prices_come_from_the_command_line() -> None:
     assert isinstance(asked, Options) and asked.priced and asked.prices == Prices(flush=7.0)
     plain = parse([])
     assert isinstance(plain, Options) and not plain.priced and plain.prices == Prices()
+
+
+def rows_of_docs(head: str) -> dict[str, str]:
+    """The rows of the table of docs/bench.md that begins with that line, by experiment: what stands behind its name."""
+    table = (ROOT / "docs" / "bench.md").read_text().split(f"{head}\n", 1)[1].split("\n\n", 1)[0]
+    rows = [line.strip("| ").split(" | ", 1) for line in table.splitlines()[1:]]
+    return {name: rest for names, rest in rows for name in re.findall("`(.*?)`", names)}
+
+
+def test_the_docs_know_what_answers_a_trace_and_what_varies() -> None:
+    traced = rows_of_docs("| experiment | what it does with a trace | cannot answer |")
+    assert set(traced) == {name for name, one in EXPERIMENTS.items() if one.traced is not None}
+    varied = rows_of_docs("| experiment | parameters |")
+    told = {name: set(re.findall("`(.*?)`", rest)) for name, rest in varied.items()}
+    assert told == {name: {one.name for one in found.parameters} for name, found in EXPERIMENTS.items() if found.parameters}
