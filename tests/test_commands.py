@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sizes import sized
 from fastmmu import commands, load_replay
 from fastmmu.__main__ import main
 from fastmmu.reference.scenario import run_scenario
+from fastmmu.trace import scenario
 
 EXCERPT = "bench/traces/excerpt-replay-linux-boot-long.npz"
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,3 +197,16 @@ def test_options_that_do_not_go_together_are_one_line(monkeypatch: pytest.Monkey
             assert (status, told.out, told.err) == (2, "", "error: --ept: expected --mmu tdp or legacy\n"), options
         else:
             assert (status, told.err) == (0, ""), options
+
+
+def test_the_docs_of_scenario_files_name_all_that_is_read() -> None:
+    page = (ROOT / "docs" / "scenario-format.md").read_text()
+    lines = {line.split("`")[1]: set(re.findall(r"`(\w+)`", line)) for line in page.splitlines() if line.startswith("| `")}
+    named = set(re.findall(r"`(\w+)`", page))
+    assert set().union(*scenario.CONFIG) <= lines["config"]
+    for kind, (needed, _, expect) in scenario.STEPS.items():
+        inherited = set(scenario.GUEST) if kind == "nested_guest" else set()
+        assert set(needed) - inherited <= lines[kind], kind
+        assert set(expect) <= named, kind
+    for op in scenario.OPS:
+        assert re.search(rf"^\| `\[.*\b{op}\b", page, re.MULTILINE), op
