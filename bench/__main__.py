@@ -6,6 +6,7 @@ import os
 import sys
 
 from bench.interrupts import Interrupted, install
+from fastmmu.output import open_closed_streams
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 BROKEN_PIPE = 128 + 13  # as of a process that SIGPIPE ends
@@ -27,6 +28,7 @@ def answer(arguments: list[str] | None) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: errors become one line and an exit status."""
+    open_closed_streams()
     try:
         install()
         try:

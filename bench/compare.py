@@ -113,9 +113,11 @@ def varied(experiment: Experiment, context: Context, cells: list[Cell], question
     """
     known = {parameter.name: parameter for parameter in experiment.parameters}
     for name, values in question.vary:
+        if not known:
+            raise UsageError(f"--vary: {experiment.name} has no parameters that can be varied")
         if name not in known:
             said = "; ".join(f"{one.name}: {one.meaning}" for one in known.values())
-            raise UsageError(f"--vary: {experiment.name} has no parameter {name!r}; it has: {said or 'none'}")
+            raise UsageError(f"--vary: {experiment.name} has no parameter {name!r}; it has: {said}")
         for value in values:
             if not known[name].least <= value <= known[name].most:
                 raise UsageError(f"--vary: {name}={value}, expected {known[name].least:,} to {known[name].most:,}")

@@ -51,8 +51,10 @@ def write_report(folder: Path, prices: Prices) -> str:
     """Write report.html and the figures of a folder from the files stored in it; returns why there are no charts, or an empty text.
 
     Raises:
-        ResultError: no results in it, a damaged file, or the folder cannot be written.
+        ResultError: no folder, no results in it, a damaged file, or the folder cannot be written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ResultError(f"{folder}: is no folder, expected one with result files of python -m bench")
     suites = {name: load_suite(path) for name in EXPERIMENTS if (path := folder / f"{name}.json").exists()}
     if not suites:
         raise ResultError(f"{folder}: no result files in it; python -m bench makes them, in results/local")

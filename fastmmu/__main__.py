@@ -6,7 +6,7 @@ import os
 import sys
 
 from fastmmu.interrupts import INTERRUPTED, interruptible
-from fastmmu.output import BAD_INPUT, complain
+from fastmmu.output import BAD_INPUT, complain, open_closed_streams
 
 
 def run(arguments: list[str] | None) -> int:
@@ -35,9 +35,7 @@ def drop_output() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: the exit status, and no traceback."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+    open_closed_streams()
     try:
         with interruptible(whole_process=arguments is None):
             try:

@@ -6,9 +6,11 @@ Nothing heavy is imported here: `run` is the place of the function that does the
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastmmu.bits import PHYSICAL_BITS
 from fastmmu.importers.options import add_trace_command
 from fastmmu.interrupts import INTERRUPTED
 from fastmmu.output import BAD_INPUT
@@ -17,6 +19,7 @@ from fastmmu.races import RACES
 from fastmmu.trace.npz import MAXPHYADDR
 from fastmmu.translate import checked_gva
 
+FEWEST_BITS = 36  # of a physical address, as `Cpu` has it
 HOST_PAGES = ("4k", "2m", "1g")
 USUAL_EXITS = {BAD_INPUT: "bad input: one line says what, where, and what was expected", INTERRUPTED: "interrupted (Ctrl-C)"}
 
@@ -33,17 +36,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(text: str) -> int:
-    """An address on the command line: 0x…, or hexadecimal without it."""
+    """An address on the command line: 0x…, or hexadecimal without it. Python's int would take signs, blanks and `_` too."""
     try:
-        value = int(text, 0) if text.lower().startswith("0x") else int(text, 16)
-        return checked_gva(value)
+        if not re.fullmatch("(0x)?[0-9a-fA-F]+", text):
+            raise ValueError
+        return checked_gva(int(text, 16))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no address, expected hexadecimal of up to 64 bits") from None
+
+
+def address_bits(text: str) -> int:
+    """MAXPHYADDR."""
+    if not re.fullmatch("[0-9]{1,2}", text) or not FEWEST_BITS <= int(text) <= PHYSICAL_BITS:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of bits from {FEWEST_BITS} to {PHYSICAL_BITS}")
+    return int(text)
 
 
 def geometry(text: str) -> tuple[int, int]:
     """A TLB on the command line: SETSxWAYS."""
     try:
+        if not re.fullmatch("[0-9]{1,7}[xX][0-9]{1,2}", text):
+            raise ValueError
         sets, ways = (int(part) for part in text.lower().split("x"))
         if not 1 <= sets <= 1 << 20 or sets & (sets - 1) or not 1 <= ways <= 64:
             raise ValueError
@@ -54,7 +67,7 @@ def geometry(text: str) -> tuple[int, int]:
 
 def positive(text: str) -> int:
     """A number of records."""
-    if not text.isdecimal() or not int(text):
+    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r}, expected a positive number")
     return int(text)
 
@@ -103,7 +116,11 @@ def add_snapshot(command: argparse.ArgumentParser) -> None:
         "--cr3", type=number, metavar="GPA", help="page-table root, hexadecimal (default: the snapshot's active one)"
     )
     command.add_argument(
-        "--maxphyaddr", type=int, default=MAXPHYADDR, metavar="N", help=f"physical-address bits, 36 to 52 (default: {MAXPHYADDR})"
+        "--maxphyaddr",
+        type=address_bits,
+        default=MAXPHYADDR,
+        metavar="N",
+        help=f"physical-address bits, {FEWEST_BITS} to {PHYSICAL_BITS} (default: {MAXPHYADDR})",
     )
 
 

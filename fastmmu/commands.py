@@ -137,6 +137,9 @@ def replay_command(args: argparse.Namespace) -> int:
     from fastmmu.stream import machine_for, replay_stream
     from fastmmu.vm import ReplayError
 
+    if args.ept and args.mmu == "shadow":
+        complain("--ept: expected --mmu tdp or legacy")
+        return BAD_INPUT
     workload = load_replay(args.file, args.records)
     kvm = Kvm(tdp=args.mmu != "shadow", tdp_mmu=args.mmu == "tdp", nx_huge_pages=args.nx_huge_pages, ept=args.ept, tlb=args.tlb)
     machine = machine_for(workload, kvm, host_level=1 + HOST_PAGES.index(args.host_page))

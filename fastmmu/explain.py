@@ -35,6 +35,7 @@ MODE_NAMES = {
 }
 ENTRY_NAMES = {5: "PML5E", 4: "PML4E", 3: "PDPTE", 2: "PDE", 1: "PTE"}
 FLAG_NAMES = ("P", "W", "U", "PWT", "PCD", "A", "D", "PS", "G", "NX")
+GRANTS = ("does not grant", "do not grant")  # one entry, several
 PFERR_NAMES = ("P", "W", "U", "RSVD", "F", "PK")
 
 
@@ -110,6 +111,11 @@ def access_name(access: int) -> str:
     who = "user" if access & int(PFERR.U) else "implicit supervisor" if access & int(PFERR.IMPLICIT) else "supervisor"
     what = [word for bit, word in ((PFERR.W, "write"), (PFERR.F, "fetch")) if access & int(bit)]
     return f"{who} {' and '.join(what) or 'read'}"
+
+
+def told_of(names: list[str], one: str, several: str) -> str:
+    """Entries as a subject, with the verb that agrees."""
+    return f"{' and '.join(names)} {one if len(names) == 1 else several}"
 
 
 def page_bytes(mode: PagingMode, level: int) -> int:
@@ -219,12 +225,12 @@ class _Walk:
         read_only = self.entries_with(GPTE64.W, clear=True)
         no_execute = self.entries_with(GPTE64.NX, clear=False)
         if user and supervisor_page:
-            return f"{' and '.join(supervisor_page)} does not grant user access (U)", dict.fromkeys(supervisor_page, "U is clear")
+            return f"{told_of(supervisor_page, *GRANTS)} user access (U)", dict.fromkeys(supervisor_page, "U is clear")
         if write and read_only and (user or cpu.cr0 & int(CR0.WP)):
-            told = f"{' and '.join(read_only)} does not grant writing (W)" + ("" if user else ", and CR0.WP is set")
+            told = f"{told_of(read_only, *GRANTS)} writing (W)" + ("" if user else ", and CR0.WP is set")
             return told, dict.fromkeys(read_only, "W is clear")
         if fetch and cpu.efer & int(EFER.NX) and no_execute:
-            return f"{' and '.join(no_execute)} forbids fetches (NX)", dict.fromkeys(no_execute, "NX is set")
+            return f"{told_of(no_execute, 'forbids', 'forbid')} fetches (NX)", dict.fromkeys(no_execute, "NX is set")
         in_all = {leaf: "U is set, in this entry and all above"}
         if fetch and not user and not supervisor_page and cpu.cr4 & int(CR4.SMEP):
             return "a supervisor fetch from a user page (CR4.SMEP)", in_all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,14 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 """The exit status of every command for what it cannot read."""
 PIPE_WIDTH = 1 << 16  # off a terminal no line is cut or folded
+
+
+def open_closed_streams() -> None:
+    """What is written to an output that was closed by whoever started this goes nowhere; Python has None in its place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, open(nowhere, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def complain(message: object) -> None:

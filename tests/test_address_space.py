@@ -145,6 +145,20 @@ def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, st
     return status, told.out, told.err
 
 
+@pytest.mark.parametrize(("bit", "option", "one", "two"), [
+    (63, "--fetch", "PDPTE forbids fetches (NX)", "PDPTE and PDE forbid fetches (NX)"),
+    (2, "--user", "PDPTE does not grant user access (U)", "PDPTE and PDE do not grant user access (U)"),
+    (1, "--write", "PDPTE does not grant writing (W)", "PDPTE and PDE do not grant writing (W)"),
+])  # fmt: skip
+def test_the_verb_agrees(tmp_path: Path, capsys: pytest.CaptureFixture, bit: int, option: str, one: str, two: str) -> None:
+    words = np.zeros((4, 512), np.uint64)
+    words[:, 0] = 0x2067, 0x3067, 0x4067, 0x5067
+    for row, told in ((1, one), (2, two)):
+        words[row, 0] ^= np.uint64(1 << bit)
+        status, out, _ = run(capsys, "translate", small_snapshot(tmp_path / "s.npz", words=words), "123", option)
+        assert status == 1 and f": {told}" in out
+
+
 def test_a_walk_as_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = np.zeros((4, 512), np.uint64)
     words[0, 0], words[1, 0], words[2, 0], words[3, 0] = 0x2067, 0x3065, 0x4067, 0x50E5  # bit 7 of the last: PAT
@@ -157,7 +171,7 @@ def test_a_walk_as_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
         "    └── PDPTE 0 at 0x2000: 0x3065 (P U A D) ur-x <- W is clear",
         "        └── PDE 0 at 0x3000: 0x4067 (P W U A D) ur-x",
         "            └── PTE 0 at 0x4000: 0x50e5 (P U A D PAT) ur-x <- W is clear",
-        "                └── => page fault, error code 0x3 (P W): PDPTE and PTE does not grant writing (W), and CR0.WP is set",
+        "                └── => page fault, error code 0x3 (P W): PDPTE and PTE do not grant writing (W), and CR0.WP is set",
     ]
     assert run(capsys, "translate", path, "123", "--write", "--explain") == (status, out, "")
     status, out, _ = run(capsys, "explain", path, "123", "1123", "--json")

@@ -110,6 +110,12 @@ def test_a_full_disk_and_no_output_at_all() -> None:
     assert subprocess.run(["sh", "-c", closed, sys.executable, str(SNAPSHOT)], check=False, timeout=60).returncode == 0
 
 
+def test_the_benchmark_without_an_output() -> None:
+    for closed, status in (('exec "$0" -m bench --list >&-', 0), ('exec "$0" -m bench --only nonsense >&- 2>&-', 2)):
+        run = subprocess.run(["sh", "-c", closed, sys.executable], cwd=ROOT, stderr=subprocess.PIPE, check=False, timeout=60)
+        assert (run.returncode, run.stderr) == (status, b"")
+
+
 def test_ctrl_c_while_threads_take_turns() -> None:
     command = [*COMMAND, "races"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

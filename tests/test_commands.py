@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import pytest
 from scenarios import NAMED
 from sizes import sized
 
+from fastmmu import commands, load_replay
 from fastmmu.__main__ import main
 from fastmmu.reference.scenario import run_scenario
+from fastmmu.trace import scenario
 
 EXCERPT = "bench/traces/excerpt-replay-linux-boot-long.npz"
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,10 +166,47 @@ def test_a_record_that_went_elsewhere_is_one(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "options", [["--tlb", "3x1"], ["--tlb", "x"], ["--records", "0"], ["--mmu", "nested"], ["--host-page", "8k"]]
+    "options",
+    [["--tlb", "3x1"], ["--tlb", "x"], ["--tlb", "+4x1"], ["--tlb", "1_6x4"], ["--records", "1_0"], ["--records", "0"], ["--mmu", "nested"], ["--host-page", "8k"]]
 )
 def test_nonsense_on_the_command_line(capsys: pytest.CaptureFixture, options: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["replay", str(ROOT / EXCERPT), *options])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+CHOICES = (
+    ([], ["--mmu", "tdp"], ["--mmu", "legacy"], ["--mmu", "shadow"]),
+    ([], ["--ept"]),
+    ([], ["--nx-huge-pages"]),
+    ([], ["--host-page", "2m"], ["--host-page", "1g"]),
+    ([], ["--tlb", "1x1"]),
+)
+
+
+def test_options_that_do_not_go_together_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Every combination is either replayed or refused: no error of `Kvm` gets out."""
+    one = load_replay(ROOT / EXCERPT, records=1)
+    monkeypatch.setattr(commands, "load_replay", lambda *_: one)
+    for parts in itertools.product(*CHOICES):
+        options = [word for part in parts for word in part]
+        status = main(["replay", EXCERPT, "--json", *options])
+        told = capsys.readouterr()
+        if "--ept" in options and "shadow" in options:
+            assert (status, told.out, told.err) == (2, "", "error: --ept: expected --mmu tdp or legacy\n"), options
+        else:
+            assert (status, told.err) == (0, ""), options
+
+
+def test_the_docs_of_scenario_files_name_all_that_is_read() -> None:
+    page = (ROOT / "docs" / "scenario-format.md").read_text()
+    lines = {line.split("`")[1]: set(re.findall(r"`(\w+)`", line)) for line in page.splitlines() if line.startswith("| `")}
+    named = set(re.findall(r"`(\w+)`", page))
+    assert set().union(*scenario.CONFIG) <= lines["config"]
+    for kind, (needed, _, expect) in scenario.STEPS.items():
+        inherited = set(scenario.GUEST) if kind == "nested_guest" else set()
+        assert set(needed) - inherited <= lines[kind], kind
+        assert set(expect) <= named, kind
+    for op in scenario.OPS:
+        assert re.search(rf"^\| `\[.*\b{op}\b", page, re.MULTILINE), op

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyperf
 import pytest
+from conftest import ROOT
 from test_replay_file import meta, save, small_columns
 
 from bench import __main__ as command
@@ -125,7 +127,7 @@ def test_the_table_pipes(bench: Bench, order: list[str], monkeypatch: pytest.Mon
     (["mmio-cache", "--strategies", "none,nope"], "--strategies 'nope': there is none; there are: none, gva-only"),
     (["mmio-cache", "--workloads", "nope"], "--workloads 'nope': there is none; there are: linux-boot, remap-invlpg"),
     (["mmio-cache", "--vary", "nope=1"], "has no parameter 'nope'; it has: slots: memslots"),
-    (["lock-scaling", "--vary", "slots=1"], "it has: none"),
+    (["lock-scaling", "--vary", "slots=1"], "lock-scaling has no parameters that can be varied"),
     (["mmio-cache", "--vary", "slots=0"], "slots=0, expected 1 to 32,764"),
     (["mmio-cache", "--vary", "slots"], "expected a parameter and whole numbers"),
     (["mmio-cache", "--vary", "slots=-1"], "expected a parameter and whole numbers"),
@@ -146,6 +148,7 @@ def test_what_there_is_not_is_named_in_one_line(bench: Bench, arguments: list[st
     (["--only", " "], "an empty pattern"),
     (["--against", "a", "b", "c"], "3 folders"),
     (["--report", "/does/not/exist"], "no result files in it"),
+    (["--report", str(BUNDLED_TRACE)], "is no folder, expected one with result files"),
     (["--report", "a", "--output", "b"], "without --output"),
     (["--report", "a", "--against", "b", "c"], "name the older one only"),
     (["--exit-cost", "-1"], "expected nanoseconds"),
@@ -297,3 +300,18 @@ def test_prices_come_from_the_command_line() -> None:
     assert isinstance(asked, Options) and asked.priced and asked.prices == Prices(flush=7.0)
     plain = parse([])
     assert isinstance(plain, Options) and not plain.priced and plain.prices == Prices()
+
+
+def rows_of_docs(head: str) -> dict[str, str]:
+    """The rows of the table of docs/bench.md that begins with that line, by experiment: what stands behind its name."""
+    table = (ROOT / "docs" / "bench.md").read_text().split(f"{head}\n", 1)[1].split("\n\n", 1)[0]
+    rows = [line.strip("| ").split(" | ", 1) for line in table.splitlines()[1:]]
+    return {name: rest for names, rest in rows for name in re.findall("`(.*?)`", names)}
+
+
+def test_the_docs_know_what_answers_a_trace_and_what_varies() -> None:
+    traced = rows_of_docs("| experiment | what it does with a trace | cannot answer |")
+    assert set(traced) == {name for name, one in EXPERIMENTS.items() if one.traced is not None}
+    varied = rows_of_docs("| experiment | parameters |")
+    told = {name: set(re.findall("`(.*?)`", rest)) for name, rest in varied.items()}
+    assert told == {name: {one.name for one in found.parameters} for name, found in EXPERIMENTS.items() if found.parameters}

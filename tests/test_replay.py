@@ -95,7 +95,7 @@ def test_a_fault_is_described_by_its_bit() -> None:
     workload = load_replay(BUNDLED_TRACE, 2_000)
     tables = {gfn: words & ~GPTE64.U for gfn, words in workload.tables.items()}
     changed = Workload("x", workload.cpu, workload.slots, tables, spoiled(workload, access=4).events)
-    with pytest.raises(ReplayError, match=r"does not grant user access \(U\)"):
+    with pytest.raises(ReplayError, match=r"do not grant user access \(U\)"):
         Vm(changed, MMIO_CACHE.strategies[0]).check()
 
 

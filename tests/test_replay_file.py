@@ -16,9 +16,11 @@ from sizes import sized
 
 from bench.workloads import BUNDLED_TRACE
 from fastmmu import ReplayError, TraceError, Vm, load_replay
+from fastmmu.__main__ import main
 from fastmmu.bits import GPTE64
 from fastmmu.strategy import MMIO_CACHE
 
+BUNDLED_SNAPSHOT = ROOT / "bench" / "traces" / "snapshot-linux-boot.npz"
 RECORDS = 1_500
 Columns = dict[str, np.ndarray]
 
@@ -190,6 +192,22 @@ def test_missing_file_directory_and_pickle(tmp_path: Path) -> None:
     save(tmp_path / "pickle.npz", {**small_columns(), "gva": np.array([object()], object)})
     with pytest.raises(TraceError, match="column gva: cannot be read"):
         load_replay(tmp_path / "pickle.npz")
+
+
+def test_a_file_of_the_other_kind_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """And one that lacks a column of its own kind still says which."""
+    replay_is = "is a replay file, expected a snapshot (docs/snapshot-format.md)"
+    snapshot_is = "is a snapshot, expected a replay file (docs/replay-format.md)"
+    for arguments, file, told in (
+        (["translate", str(BUNDLED_TRACE), "0"], BUNDLED_TRACE, replay_is),
+        (["replay", str(BUNDLED_SNAPSHOT)], BUNDLED_SNAPSHOT, snapshot_is),
+        (["trace", "import", str(BUNDLED_SNAPSHOT), str(tmp_path / "out.npz")], BUNDLED_SNAPSHOT, snapshot_is),
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err == f"error: {file}: {told}\n"
+    records = save(tmp_path / "records.npz", {"gva": np.zeros(1, np.uint64)})
+    assert main(["replay", str(records)]) == 2
+    assert capsys.readouterr().err.endswith("records.npz: column meta is missing\n")
 
 
 def test_truncated_anywhere(columns: Columns, tmp_path: Path) -> None:

@@ -331,7 +331,12 @@ def test_the_translate_command_on_nonsense(tmp_path: Path, capsys: pytest.Captur
         (("translate", good, "1" * 17), "is no address"),
         (("translate", good), "GVA"),
         (("translate", good, "0", "--cr3", "ff0000000"), "is no page of the snapshot"),
-        (("translate", good, "0", "--maxphyaddr", "99"), "maxphyaddr"),
+        *((("translate", good, text), f"{text!r} is no address") for text in ("1_0", "+401000", " 401000", "401000 ", "0x", "٤")),
+        (("translate", good, "0", "--cr3", "1_000"), "argument --cr3: '1_000' is no address"),
+        *(
+            (("translate", good, "0", "--maxphyaddr", text), f"argument --maxphyaddr: {text!r}, expected a number of bits from 36 to")
+            for text in ("99", "35", "x", "4_0")
+        ),
         (("walk", good), "invalid choice"),
         (("translate", small_snapshot(tmp_path / "a.npz", gfn=np.zeros(4)), "0"), "column gfn"),
         (("translate", small_snapshot(tmp_path / "b.npz", gfn=np.full(4, 1 << 60, np.uint64)), "0"), "column gfn, record 0"),

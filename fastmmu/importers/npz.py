@@ -15,7 +15,7 @@ from fastmmu.importers.layout import LIMIT, Range
 from fastmmu.importers.rows import FLAG, Rows
 from fastmmu.importers.spool import NpzWriter
 from fastmmu.importers.tables import PROT_NX, PROT_USER, PROT_WRITE
-from fastmmu.trace.npz import Reader, within
+from fastmmu.trace.npz import REPLAY_FILE, Reader, within
 from fastmmu.trace.replay_file import (
     COLUMNS,
     EVENT_COLUMNS,
@@ -52,7 +52,7 @@ def rewrite(path: Path, file: IO[bytes], report: Report) -> None:
         TraceError: as `load_replay`.
     """
     workload = load_replay(path)
-    reader = Reader(path, COLUMNS)
+    reader = Reader(path, COLUMNS, REPLAY_FILE)
     with NpzWriter(file) as writer:
         for name in COLUMNS:
             writer.array(name, reader.array(name))
@@ -77,7 +77,7 @@ def read_npz(path: Path, take: Callable[[Rows, int], object]) -> Extra:
     """
     names = column_names(path)
     more = [name for name in ("meta", *EVENT_COLUMNS) if name in names]
-    reader = Reader(path, (*RECORD_COLUMNS, *more))
+    reader = Reader(path, (*RECORD_COLUMNS, *more), REPLAY_FILE)
     record = reader.group(RECORD_COLUMNS)
     check_values(reader, record)
     gva, gpa = record["gva"], record["gpa"]

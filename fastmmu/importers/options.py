@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ EXAMPLES = {
 
 def touched(text: str) -> int:
     """How many of 512 pages may be untouched."""
-    if not text.isdecimal() or int(text) > 511:
+    if not re.fullmatch("[0-9]{1,3}", text) or int(text) > 511:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a number from 0 to 511")
     return int(text)
 

@@ -16,6 +16,10 @@ from fastmmu.bits import PHYSICAL_LIMIT
 # and 1 GiB pages.
 MAXPHYADDR = 40
 
+REPLAY_FILE, SNAPSHOT = "replay file", "snapshot"
+KINDS = {REPLAY_FILE: ("start_words", "docs/replay-format.md"), SNAPSHOT: ("words", "docs/snapshot-format.md")}
+"""Kinds of files: a column that no other kind has, and where they are described."""
+
 
 class TraceError(ValueError):
     """A file that cannot be replayed; the message is one line: file, column, record, what was expected."""
@@ -27,9 +31,9 @@ def first_line(error: BaseException) -> str:
 
 
 class Reader:
-    """One file being read: columns by name, and the one way to complain."""
+    """One file being read: columns by name, and the one way to complain; `kind` is one of KINDS."""
 
-    def __init__(self, path: Path, wanted: Iterable[str]) -> None:
+    def __init__(self, path: Path, wanted: Iterable[str], kind: str) -> None:
         self.path = path
         self._columns: dict[str, np.ndarray] = {}
         if path.exists() and not path.is_file():
@@ -40,7 +44,7 @@ class Reader:
             with np.load(path, allow_pickle=False) as columns:
                 for name in wanted:
                     if name not in names:
-                        self.fail(f"column {name} is missing")
+                        self._lacks(name, names, kind)
                     self._columns[name] = self._read(columns, name)
         except FileNotFoundError:
             self.fail("No such file; expected an .npz file")
@@ -50,6 +54,14 @@ class Reader:
             raise
         except Exception as error:  # the zip and array readers raise a dozen kinds for damaged input
             self.fail(f"not an .npz file, or a damaged one ({first_line(error)})")
+
+    def _lacks(self, name: str, names: list[str], kind: str) -> NoReturn:
+        """A column is missing: in a file of another kind that says more than the column's name."""
+        mark, page = KINDS[kind]
+        for other, (its, _) in KINDS.items():
+            if its in names and mark not in names:
+                self.fail(f"is a {other}, expected a {kind} ({page})")
+        self.fail(f"column {name} is missing")
 
     def _read(self, columns: Any, name: str) -> np.ndarray:
         try:

@@ -16,7 +16,7 @@ from fastmmu.bits import CR0, CR4, EFER, GPTE64, PAGE_SHIFT, PFERR, PHYSICAL_BIT
 from fastmmu.events import EVENT, Op
 from fastmmu.memory import Slot, check_slots, reserve
 from fastmmu.paging import Cpu
-from fastmmu.trace.npz import MAXPHYADDR, Reader, repeated, within
+from fastmmu.trace.npz import MAXPHYADDR, REPLAY_FILE, Reader, repeated, within
 from fastmmu.vm import Workload
 
 RECORD_COLUMNS = {"gva": "u8", "gpa": "u8", "kind": "u1", "io": "u1", "count": "u4", "level": "u1", "prot": "u1", "size": "u1"}
@@ -124,7 +124,7 @@ def load_replay(path: str | Path, records: int | None = None) -> Workload:
         >>> workload.cpu.mode.name, workload.slots[0]
         ('LONG4', ...)
     """
-    reader = Reader(Path(path), COLUMNS)
+    reader = Reader(Path(path), COLUMNS, REPLAY_FILE)
     meta = reader.meta()
     machine = _Machine(reader, meta)
     record, store, event = (reader.group(group) for group in (RECORD_COLUMNS, STORE_COLUMNS, EVENT_COLUMNS))

@@ -245,7 +245,7 @@ def step(value: Any, where: str) -> dict[str, Any]:
     return fields(needed, {**common, **more})(value, where)
 
 
-CONFIG = fields(
+CONFIG: tuple[dict[str, Convert], dict[str, Convert]] = (
     {"npt": flag, "tdp_mmu": flag, "eager_page_split": flag, "nx_huge_pages": one_of("off", "force"), "mmio_caching": flag},
     {"nested": flag, "split_shadow_pages": flag, "split_access": one_of(*SPLIT_ACCESS), "split_on_fault": flag},
 )
@@ -257,7 +257,7 @@ PLACES = ("code", "code_end", "jump_table", "pf_handler", "nonpaging")
 DOCUMENT = fields(
     {
         "format": one_of(FORMAT),
-        "config": CONFIG,
+        "config": fields(*CONFIG),
         "scenario": text,
         "cpu": CPU,
         "interpreter": fields(dict.fromkeys(PLACES, address)),

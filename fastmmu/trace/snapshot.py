@@ -10,7 +10,7 @@ import numpy as np
 from fastmmu.bits import GPTE32, GPTE64, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_LIMIT, WORDS_PER_PAGE
 from fastmmu.memory import GuestMemory
 from fastmmu.paging import Cpu, Mode
-from fastmmu.trace.npz import MAXPHYADDR, Reader, repeated
+from fastmmu.trace.npz import MAXPHYADDR, SNAPSHOT, Reader, repeated
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def load_snapshot(path: str | Path, *, cr3: int | None = None, maxphyaddr: int =
         >>> print(explain(snapshot.memory, snapshot.cpu, 0xFFFFFFFF81000000).splitlines()[-1])
         => gpa 0x1000000, in a 2 MiB page; entries grant read, fetch; supervisor only
     """
-    reader = Reader(Path(path), ("gfn", "words", "cr0", "cr3", "cr4", "efer"))
+    reader = Reader(Path(path), ("gfn", "words", "cr0", "cr3", "cr4", "efer"), SNAPSHOT)
     gfns, words = reader.array("gfn"), reader.array("words")
     if gfns.dtype != np.uint64 or gfns.ndim != 1 or not len(gfns):
         reader.fail(f"column gfn: {gfns.dtype} of shape {gfns.shape}, expected uint64, one for each table page")
