@@ -15,7 +15,8 @@ LAZY, CACHED, PROPAGATE, MEMCPY = "lazy", "cached", "propagate", "memcpy"
 NX_ON, NX_OFF = "nx-on", "nx-off"
 PERIOD = 50_000  # records of a trace between two changes of logging
 GIB = 1 << 30
-PASS_COUNTERS = ("pf_taken", "splits", "split_reads", "remote_tlb_flush_requests", "mmu_cache_miss", "orphans", "pages_4k")
+GAUGES = ("pages_4k", "pages_2m", "pages_1g")
+PASS_COUNTERS = ("pf_taken", "splits", "split_reads", "remote_tlb_flush_requests", "mmu_cache_miss", "orphans", *GAUGES)
 Found = dict[str, dict[str, dict[str, pyperf.Benchmark]]]
 
 
@@ -54,19 +55,26 @@ def pass_table(found: Found) -> Table:
             ratio = ratio_text(times[LAZY], own, cost=False) if LAZY in times else "-"
             extra = f"{one['pf_taken'] - counters[CACHED]['pf_taken']:+,}" if CACHED in counters else "-"
             total = f"{statistics.median(own) * one['accesses'] * 1e3:.2f}"
-            parts = (f"{one['log_on_us'] / 1e3:.2f}", f"{one['pass_us'] / 1e3:.2f}")
+            parts = [spread(one, name) for name in ("log_on", "pass", "faults")]
             rows.append((f"{workload} / {strategy}", ratio, total, *parts, extra, *counts(one, *PASS_COUNTERS)))
     head = (
-        "workload / rights from", f"speed-up over {LAZY}", "ms", "log on", "pass", "faults more than cached",
-        "pf_taken", "splits", "guest reads", "flushes", "mmu_cache_miss", "without parent", "pages_4k",
+        "workload / rights from", f"speed-up over {LAZY}", "ms", "log on", "pass", "in faults", "faults more than cached",
+        "pf_taken", "splits", "guest reads", "flushes", "mmu_cache_miss", "without parent", "pages_4k more", "pages_2m", "pages_1g",
     )  # fmt: skip
     note = (
         "Shadow paging of an ordinary guest by the policy of the patches' first versions, 1 GiB in 2 MiB pages if nothing else is "
         "said. Timed: logging begins, then each 4 KiB page is accessed once, in order, with TLB, walks and KVM's part of each "
-        "fault; of accesses that are no writes one in eight is a fetch, where the guest grants it. `log on` and `pass` are of "
-        "the run that was counted. `without parent`: shadow pages that stay, counted against the limit, though nothing leads there."
+        "fault; of accesses that are no writes one in eight is a fetch, where the guest grants it. `log on`, `pass` and the "
+        "time of it in faults (a pass without any taken away) are ms of the run that was counted, median [lowest, highest]. Gauges "
+        "of pages are changes. `without parent`: shadow pages that stay, counted against the limit, though nothing leads there."
     )
     return Table("huge pages split when dirty logging begins", head, rows, note)
+
+
+def spread(counters: dict[str, int], name: str) -> str:
+    """A time of the counted run, ms: the median, and where there were more [lowest, highest]."""
+    median, low, high = (counters[f"{name}_us{end}"] / 1e3 for end in ("", "_low", "_high"))
+    return f"{median:.2f}" if low == high else f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def claims_table(found: Found) -> Table:
@@ -81,7 +89,6 @@ def claims_table(found: Found) -> Table:
         rows.append((
             workload,
             f"{cached['translations'] >> 10:,}",
-            "0",
             f"{cached['split_caches']:,}",
             f"{other['pf_taken'] - cached['pf_taken']:+,}",
             f"{other['mmu_cache_miss'] - cached['mmu_cache_miss']:+,}",
@@ -89,13 +96,14 @@ def claims_table(found: Found) -> Table:
             f"{(other['remote_tlb_flush_requests'] - cached['remote_tlb_flush_requests']) / regions:+.2f}",
         ))  # fmt: skip
     head = (
-        "workload", "KiB of translations", "of them for access", "bytes of split caches",
+        "workload", "KiB of translations", "bytes of split caches",
         "faults", "shadow pages made", "without parent", "flushes per page split",
     )  # fmt: skip
     note = (
-        '"Requires no additional memory": access lies in the low bits of the word that held the gfn alone; splitting itself needs '
-        "its caches, once a VM. The last four columns are what propagating the huge spte's rights costs more than caching the "
-        'guest\'s: "extra faults", and new shadow pages where existing ones could be used.'
+        '"Requires no additional memory": access lies in the low bits of the words that held a gfn alone, and translations are '
+        "as many KiB without it; splitting needs its caches, filled, once a VM. The last four columns are what propagating the "
+        'huge spte\'s rights costs more than caching the guest\'s: "extra faults", and new shadow pages where existing ones '
+        "could be used."
     )
     return Table("the mail's claims under NX huge pages, propagate against cached", head, rows, note)
 

@@ -13,7 +13,8 @@ import time
 import numpy as np
 import pyperf
 
-from bench.cached_access_tables import GIB, LAZY
+from bench.cached_access import STRATEGIES, kvm_of
+from bench.cached_access_tables import GIB
 from bench.cached_access_tables import NAME as CACHED_ACCESS
 from bench.experiment import Cell, Checked, CheckError, Context, Description, Experiment, Timed
 from bench.huge_guest import DATA_SLOT, PAGE, SEED, HugeGuest
@@ -22,26 +23,15 @@ from bench.tables import Table, by_workload
 from fastmmu.audit import audit
 from fastmmu.bits import PFERR
 from fastmmu.events import EventList, Op
-from fastmmu.kvm import Kvm
 from fastmmu.machine_state import VmWord
 from fastmmu.measure import time_stamp, touch_column
 
 NAME = "split-latency"
-STRATEGIES = (LAZY, "guest-walk", "propagate", "cached")
 SIZE, PART = 8 * GIB, 256 << 20  # of the guest, and of one clear
 REPEATS = 5
 BATCH = 500  # accesses between two looks at whether the clearing is over
 QUIET_FAULTS = 50_000
 PERCENTILES = {"p50": 50.0, "p99": 99.0, "p999": 99.9}
-
-
-def kvm_of(strategy: str) -> Kvm:
-    """KVM with one of the strategies, and with NX huge pages, where they differ; the log is set from the start."""
-    eager, access = strategy != LAZY, "cached" if strategy == LAZY else strategy
-    return Kvm(
-        tdp=False, tdp_mmu=False, nx_huge_pages=True, eager_page_split=eager, split_shadow_pages=eager, split_access=access,
-        manual_protect=True, initially_set=True,
-    )  # fmt: skip
 
 
 def cells(context: Context) -> list[Cell]:
@@ -53,7 +43,8 @@ class Threads:
     """One run: a vCPU's thread, and this one, which clears the log."""
 
     def __init__(self, strategy: str) -> None:
-        self.guest = HugeGuest(kvm_of(strategy), SIZE, (("rwx",),), vcpus=2)
+        kvm = kvm_of(strategy, True, manual_protect=True, initially_set=True)  # with NX huge pages, where the strategies differ
+        self.guest = HugeGuest(kvm, SIZE, (("rwx",),), vcpus=2)
         pages = np.random.default_rng(SEED).permutation(SIZE // PAGE).astype(np.uint64)
         self.gvas, self.accesses = pages * np.uint64(PAGE), np.full(len(pages), PFERR.U | PFERR.W, np.uint64)
         self.at, self.denied = 0, False
@@ -90,21 +81,30 @@ class Threads:
         """Faults during it."""
         self.begin()
         self.write(0)
-        over, found = threading.Event(), []
+        over, running, found, failed = threading.Event(), threading.Event(), [], []
 
         def vcpu() -> None:
-            while not over.is_set() and self.at + BATCH < len(self.gvas):
-                found.append(self.write(BATCH))
+            try:
+                while not over.is_set() and self.at + BATCH < len(self.gvas):
+                    found.append(self.write(BATCH))
+                    running.set()
+            except BaseException as error:  # told to who waits
+                failed.append(error)
+            finally:
+                running.set()
 
         thread = threading.Thread(target=vcpu)
         self.guest.machine.vm.word[VmWord.THREADS] = 2
         thread.start()
         try:
+            running.wait()
             self.clear_all()
         finally:
             over.set()
             thread.join()
             self.guest.machine.vm.word[VmWord.THREADS] = 0
+        if failed:
+            raise failed[0]
         return np.concatenate(found)
 
 
@@ -126,6 +126,8 @@ def check(context: Context, cell: Cell) -> Checked:
     counters: dict[str, int] = {}
     for name, work in (("quiet", run.quiet), ("split", run.splitting)):
         samples = [work() for _ in range(REPEATS)]
+        if not all(map(len, samples)):
+            raise CheckError(f"{cell.name}: no faults to time")
         for label, percentile in PERCENTILES.items():
             values = sorted(float(np.percentile(one, percentile)) / rate for one in samples)
             told = {"": statistics.median(values), "_low": values[0], "_high": values[-1]}

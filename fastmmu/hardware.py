@@ -123,7 +123,7 @@ def needs_of(word, access):
 
 @inner(inline=True)
 def walk_shadow_plainly(vm, vcpu, gva, access):
-    """The plain case of it: nothing denied; or nothing mapped, which exits."""
+    """The plain case of it: nothing denied; or nothing mapped, or not for writing, which exits."""
     word, page = vm.word, gva >> PAGE_SHIFT
     table, level = root_for(vm, vcpu, page)  # NO_TABLE has a row, too, in which nothing is
     index, spte, level = descend(vm.spt, table, page, level)
@@ -134,6 +134,8 @@ def walk_shadow_plainly(vm, vcpu, gva, access):
             return leaves(gva, access & ACCESS_BITS)
         if spte & word[VmWord.MMIO_MASK] == word[VmWord.MMIO_VALUE]:
             return leaves(gva, reserved_code(word, access & ACCESS_BITS))
+        if access & PFERR.W != ZERO and not is_writable(spte):
+            return leaves(gva, (access & ACCESS_BITS) | PFERR.P)
         missing = needed & (word[VmWord.ACCESSED] | word[VmWord.DIRTY]) & ~spte
         if (spte | missing) & mask != needed:
             return not_plain()

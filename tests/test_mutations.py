@@ -375,6 +375,7 @@ MUTANTS = (
     Mutant("split: nothing propagated of an access-tracked page", "split.py", "    spte = restore_access(spte) if is_access_tracked(word, spte) else spte\n", "", EPT12),
     Mutant("split: another vCPU's table is split", "tdp.py", "cmpxchg(vm.spt, index, huge, make_table(vm.word, table)) != huge:", "cmpxchg(vm.spt, index, load(vm.spt, index), make_table(vm.word, table)) == ZERO:", RACES),
     Mutant("split: who lost goes on with the table", "tdp.py", "        release(vm, table)\n        return LOST\n    count_leaf", "        release(vm, table)\n        return table\n    count_leaf", RACES),
+    Mutant("a plain walk takes reads for writes", "hardware.py", "        if access & PFERR.W != ZERO and not is_writable(spte):", "        if not is_writable(spte):", SHADOW),
     Mutant("split: X is propagated though it is not there", "split.py", "access = ACC.X if is_executable(word, spte) else ZERO", "access = ACC.X", SPLIT),
     Mutant("split: W is not propagated", "split.py", "    access |= ACC.W if spte & (NPT_SPTE.W | word[VmWord.MMU_WRITABLE]) != ZERO else ZERO\n", "", SPLIT),
     Mutant("split: a fault drops the huge page", "fault.py", "if is_present(old) and vm.word[VmWord.SPLIT_ON_FAULT] != ZERO:", "if False:", SPLIT),
