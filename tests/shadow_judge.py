@@ -120,8 +120,14 @@ class ShadowJudge(Judge):
                     yield from self.outcome(op, pages, read, walks, writes, value, compared, emulated=True)
             for read in product(*reading):  # a page that it may not even read faults as one that it would write
                 failed = next((i for i, walk in enumerate(read) if not walk.ok), 0)
-                if failed and self.follower.is_device(read[0].gpa, False):
+                if failed and self.was_device(gva, stale):
                     yield fault_at(pages[failed][0], read[failed].pferr | WRITE)
+
+    def was_device(self, gva: int, stale: bool) -> bool:
+        """Whether a page may have an MMIO spte, of whatever rights. KVM emulates what comes to one without a walk (facts 4.4): where
+        the rights do not suffice, the emulator is the first to ask the tables, by a read (facts 4.3.4)."""
+        walks = [walk for right in (0, USER) for walk in self.choices(gva, right, stale) if walk.ok]
+        return any(self.follower.is_device(walk.gpa, False) or self.is_late(walk.gpa) for walk in walks)
 
     def page_by_page(
         self, op: int, pages: list[Part], final: list[list[Translation]], access: int, value: int, compared: int
