@@ -46,6 +46,7 @@ class ShadowJudge(Judge):
         self.seen: set[int] = set()  # words that were compared with the machine's memory since they changed
         self.at = 0
         self.remembered: frozenset[int] = frozenset()  # page frames that KVM takes for a device's, though a memslot has come
+        self.locked = False  # whether an exchange stores by what the tables say now: within a page, where they lead to memory
         self.came_late: set[int] = set()  # memslots that were created when the guest had run
 
     # --- memory
@@ -109,6 +110,8 @@ class ShadowJudge(Judge):
         pages: list[Part] = [(gva, part, 0)] + ([(gva + part, size - part, part)] if part < size else [])
         writes = bool(access & WRITE)
         final = [self.choices(address, access, stale) for address, _, _ in pages]
+        now = final[0][0]
+        self.locked = op == Op.EXCHANGE and len(pages) == 1 and now.ok and not self.follower.is_device(now.gpa, True)
         for walks in product(*final):
             yield from self.outcome(op, pages, walks, walks, writes, value, compared)
         if writes and len(pages) > 1:  # the emulator stores to the first page before it looks for the second one
@@ -120,8 +123,14 @@ class ShadowJudge(Judge):
                     yield from self.outcome(op, pages, read, walks, writes, value, compared, emulated=True)
             for read in product(*reading):  # a page that it may not even read faults as one that it would write
                 failed = next((i for i, walk in enumerate(read) if not walk.ok), 0)
-                if failed and self.follower.is_device(read[0].gpa, False):
+                if failed and self.was_device(gva, stale):
                     yield fault_at(pages[failed][0], read[failed].pferr | WRITE)
+
+    def was_device(self, gva: int, stale: bool) -> bool:
+        """Whether a page may have an MMIO spte, of whatever rights. KVM emulates what comes to one without a walk (facts 4.4): where
+        the rights do not suffice, the emulator is the first to ask the tables, by a read (facts 4.3.4)."""
+        walks = [walk for right in (0, USER) for walk in self.choices(gva, right, stale) if walk.ok]
+        return any(self.follower.is_device(walk.gpa, False) or self.is_late(walk.gpa) for walk in walks)
 
     def page_by_page(
         self, op: int, pages: list[Part], final: list[list[Translation]], access: int, value: int, compared: int
@@ -150,9 +159,8 @@ class ShadowJudge(Judge):
     ) -> Iterator[Possible]:
         """What follows from these translations of the pages: for reading, and for writing or what else is done last."""
 
-        def device(gpa: int, write: bool) -> bool:  # an exchange within a page stores by what the tables say now
-            locked = write and op == Op.EXCHANGE and len(pages) == 1
-            return self.follower.is_device(gpa, write) if locked else self.is_device(gpa, write)
+        def device(gpa: int, write: bool) -> bool:
+            return self.follower.is_device(gpa, write) if write and self.locked else self.is_device(gpa, write)
 
         emulated = emulated or any(walk.ok and device(walk.gpa, writes) for walk in walks)
         reads = op in (Op.LOAD, Op.EXCHANGE) or (op in (Op.ACCESS, Op.DEVICE) and emulated and not writes)

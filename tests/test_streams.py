@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from shadow_standin import StandIn
 from sizes import sized
-from stream_guests import KEYS, KINDS
+from stream_guests import KEYS, KINDS, Guest
+from stream_plans import Plan
 from streams import plan, run
 
 from fastmmu.bits import CR0, CR4, EFER, GPTE64, PFERR
@@ -28,6 +29,7 @@ PAGING = Cpu(
 )  # key 1: writes denied
 MEMORY = 1 << 24
 DEVICE = 0x80_0000  # of the small machines below: no memslot from here on
+FAR_DEVICE = 0x1000_0000  # of those that remember one
 SHADOW = Kvm(tdp=False, tdp_mmu=False)
 
 
@@ -45,11 +47,53 @@ def test_random_streams(name: str, seed: int) -> None:
     raise AssertionError(f"{MOST_STREAMS} streams without {wanted - set(totals)}")
 
 
-@pytest.mark.parametrize(("name", "seed"), [("shadow-2", 2579287338), ("shadow-4-initially", 2579287338), ("shadow-4-tlb", 257945165)])
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("shadow-2", 2579287338),
+        ("shadow-4-initially", 2579287338),
+        ("shadow-4-tlb", 257945165),
+        ("shadow-4-tlb", 1185880937),
+        ("shadow-pae-1g-nx", 1185880900),
+    ],
+)
 def test_remembered_devices(name: str, seed: int) -> None:
     """Streams that the judge has got wrong: a device remembered on one page of two; an exchange that reads one, and stores what it saw
-    elsewhere, or there, where memory is now."""
+    elsewhere, or there, where memory is now, or that has no right
+    to it and reads elsewhere; one that is remembered where the tables deny the write."""
     run(plan(name, seed, EVENTS))
+
+
+def remembered(entry: int, then: int, access: int, gva: int, *, late: bool) -> Plan:
+    """The kernel loads from the device that `entry` maps at 0x1000; `then` is stored there, and an exchange follows. With `late` the
+    device becomes memory, and a sync makes its MMIO spte current all the same (facts 5.12.4)."""
+    words = {0x1000: 0x2000 | P | W | U | A, 0x2000: 0x3000 | P | W | U | A, 0x3000: 0x4000 | P | W | U | A}
+    words |= {0x4008: entry, 0x4010: 0x20_1000 | P | A, 0x4200: 0x4000 | P | W | A | D}
+    slots = [{"slot": i, "gpa": gpa, "size": 0x20_0000, "flags": 0} for i, gpa in enumerate((0, 0x20_0000, FAR_DEVICE))]
+    events = EventList().add(Op.SLOT_CREATE).add(Op.SLOT_CREATE, value=1).add(Op.LOAD, address=0x1000, size=8)
+    if late:  # the table goes out of step, and is synced
+        events.add(Op.SLOT_CREATE, value=2).add(Op.WRITE, access=WRITE, address=0x4_0F00, size=8).cr3(0x1000)
+        events.add(Op.LOAD, address=0x1000, size=8)
+    events.store(0x4008, then).add(Op.EXCHANGE, access=access, address=gva, size=8).add(Op.OPERAND)
+    cpu = Cpu(cr0=PAGING.cr0, cr3=0x1000, cr4=int(CR4.PAE), efer=PAGING.efer)
+    return Plan("shadow-4", KINDS["shadow-4"], 0, Guest(words), [cpu], slots, events.array())
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["no memslot", "a memslot since"])
+def test_an_exchange_by_the_mmio_spte_of_a_page_that_was_the_kernels(late: bool) -> None:
+    """Facts 4.3.4, 4.4: nobody walks before the emulator, which reads both pages first: the user may read the first one, which is
+    memory now, and not the second one."""
+    stream = remembered(FAR_DEVICE | P | A, 0x20_0000 | P | U | A, WRITE | USER, 0x1FFC, late=late)
+    assert rows(stream.machine().run(stream.events))[-1] == (LogKind.PAGE_FAULT, 0x2000, P | WRITE | USER)
+    assert run(stream)["faults"] == 1
+
+
+def test_an_exchange_with_a_remembered_device_that_the_tables_deny() -> None:
+    """Facts 4.3.1: no memory is found by a walk to exchange with; then the MMIO info cache is asked, as for any store."""
+    stream = remembered(FAR_DEVICE | P | W | A | D, FAR_DEVICE | P | A, WRITE, 0x1000, late=True)
+    log = rows(stream.machine().run(stream.events))
+    assert [kind for kind, *_ in log[-4:]] == [LogKind.MMIO_READ, LogKind.MMIO_WRITE, LogKind.LOADED, LogKind.ACCESSED]
+    assert run(stream)["faults"] == 0
 
 
 def test_streams_are_repeatable() -> None:
