@@ -121,7 +121,8 @@ class ShadowGenerator(Generator):
         pages = [gva] + ([(gva | PAGE - 1) + 1] if gva % PAGE + size > PAGE else [])
         reached = [self.targets(page, access) for page in pages]
         tables = any(self.is_table(gpa) for targets in reached for gpa in targets)
-        if tables and (len(pages) > 1 or any(len(targets) > 1 for targets in reached)):
+        sure = len(pages) == 1 and self.follower.now(pages[0], access).ok and len(reached[0]) == 1  # where it goes
+        if tables and not sure:
             for page in pages:
                 self.invlpg_of(page)
         walks = [self.follower.now(page, access) for page in pages]

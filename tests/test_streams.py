@@ -55,6 +55,7 @@ def test_random_streams(name: str, seed: int) -> None:
         ("shadow-4-tlb", 257945165),
         ("shadow-4-tlb", 1185880937),
         ("shadow-pae-1g-nx", 1185880900),
+        ("shadow-pae", 1185880894),
     ],
 )
 def test_remembered_devices(name: str, seed: int) -> None:
