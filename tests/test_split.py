@@ -74,6 +74,7 @@ def test_an_aged_huge_page_is_split_into_aged_pages() -> None:
         audit(machine)
 
 
+@pytest.mark.skipif(JIT, reason="functions that only kernels call have no Python entry")
 def test_who_waits_for_the_lock_is_let_in() -> None:
     """Between two splits: the lock is dropped after each that took a table, and where somebody waits (facts 8.2)."""
     machine = Machine(Kvm(), OFF, memory=1 << 24)
