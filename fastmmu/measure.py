@@ -11,6 +11,7 @@ from fastmmu.lock import lock_for_writing, unlock_for_writing
 from fastmmu.machine_state import Outcome
 from fastmmu.memslot import slot_by_id
 from fastmmu.spte import lowest, pfn_of
+from fastmmu.state import NO_SLOT
 from fastmmu.views import vcpu_of
 
 
@@ -117,9 +118,12 @@ def split_slot(vm, stat, identity):
 
     Args:
         stat: int64[STAT_WORDS], the caller's own counters.
-        identity: uint64, id of a memslot.
+        identity: uint64, id of a memslot; without one of that id nothing happens.
     """
-    slot = vm.mem.slots[slot_by_id(vm, identity)]
+    number = slot_by_id(vm, identity)
+    if number == NO_SLOT:
+        return
+    slot = vm.mem.slots[number]
     lock_for_writing(vm.word, stat)
     split_eagerly(vm, stat, slot, slot["base"], slot["base"] + slot["pages"])
     unlock_for_writing(vm.word, stat)
